@@ -4,6 +4,12 @@ Each function works eager, under ``vmap``, ``grad``, ``jvp`` and ``torch.compile
 modules over them are in ``rlloss_nn``.
 """
 
+from rlloss.categorical import categorical_entropy as categorical_entropy
+from rlloss.categorical import categorical_kl as categorical_kl
+from rlloss.categorical import categorical_kl_balanced as categorical_kl_balanced
+from rlloss.categorical import categorical_kl_terms as categorical_kl_terms
+from rlloss.categorical import straight_through_one_hot as straight_through_one_hot
+from rlloss.categorical import unimix as unimix
 from rlloss.transforms import symexp as symexp
 from rlloss.transforms import symlog as symlog
 from rlloss.two_hot import symexp_bins as symexp_bins
@@ -12,10 +18,16 @@ from rlloss.two_hot import two_hot_decode as two_hot_decode
 from rlloss.two_hot import two_hot_encode as two_hot_encode
 
 __all__ = [
+    "categorical_entropy",
+    "categorical_kl",
+    "categorical_kl_balanced",
+    "categorical_kl_terms",
+    "straight_through_one_hot",
     "symexp",
     "symexp_bins",
     "symlog",
     "two_hot_cross_entropy",
     "two_hot_decode",
     "two_hot_encode",
+    "unimix",
 ]
