@@ -10,6 +10,17 @@ from rlloss.categorical import categorical_kl_balanced as categorical_kl_balance
 from rlloss.categorical import categorical_kl_terms as categorical_kl_terms
 from rlloss.categorical import straight_through_one_hot as straight_through_one_hot
 from rlloss.categorical import unimix as unimix
+from rlloss.statistics import DiscountedSum as DiscountedSum
+from rlloss.statistics import ReturnRange as ReturnRange
+from rlloss.statistics import RunningMeanStd as RunningMeanStd
+from rlloss.statistics import discounted_sum_init as discounted_sum_init
+from rlloss.statistics import discounted_sum_update as discounted_sum_update
+from rlloss.statistics import return_range_init as return_range_init
+from rlloss.statistics import return_range_scale as return_range_scale
+from rlloss.statistics import return_range_update as return_range_update
+from rlloss.statistics import running_mean_std_init as running_mean_std_init
+from rlloss.statistics import running_mean_std_normalize as running_mean_std_normalize
+from rlloss.statistics import running_mean_std_update as running_mean_std_update
 from rlloss.transforms import symexp as symexp
 from rlloss.transforms import symlog as symlog
 from rlloss.two_hot import symexp_bins as symexp_bins
@@ -18,10 +29,21 @@ from rlloss.two_hot import two_hot_decode as two_hot_decode
 from rlloss.two_hot import two_hot_encode as two_hot_encode
 
 __all__ = [
+    "DiscountedSum",
+    "ReturnRange",
+    "RunningMeanStd",
     "categorical_entropy",
     "categorical_kl",
     "categorical_kl_balanced",
     "categorical_kl_terms",
+    "discounted_sum_init",
+    "discounted_sum_update",
+    "return_range_init",
+    "return_range_scale",
+    "return_range_update",
+    "running_mean_std_init",
+    "running_mean_std_normalize",
+    "running_mean_std_update",
     "straight_through_one_hot",
     "symexp",
     "symexp_bins",
