@@ -4,6 +4,7 @@ Each function works eager, under ``vmap``, ``grad``, ``jvp`` and ``torch.compile
 modules over them are in ``rlloss_nn``.
 """
 
+from rlloss import random as random
 from rlloss.categorical import categorical_entropy as categorical_entropy
 from rlloss.categorical import categorical_kl as categorical_kl
 from rlloss.categorical import categorical_kl_balanced as categorical_kl_balanced
@@ -38,6 +39,7 @@ __all__ = [
     "categorical_kl_terms",
     "discounted_sum_init",
     "discounted_sum_update",
+    "random",
     "return_range_init",
     "return_range_scale",
     "return_range_update",
