@@ -11,6 +11,11 @@ from rlloss.categorical import categorical_kl_balanced as categorical_kl_balance
 from rlloss.categorical import categorical_kl_terms as categorical_kl_terms
 from rlloss.categorical import straight_through_one_hot as straight_through_one_hot
 from rlloss.categorical import unimix as unimix
+from rlloss.rnd import rnd_error as rnd_error
+from rlloss.rnd import rnd_key_mask as rnd_key_mask
+from rlloss.rnd import rnd_loss as rnd_loss
+from rlloss.rnd import rnd_reward as rnd_reward
+from rlloss.rnd import rnd_reward_stats_update as rnd_reward_stats_update
 from rlloss.statistics import DiscountedSum as DiscountedSum
 from rlloss.statistics import ReturnRange as ReturnRange
 from rlloss.statistics import RunningMeanStd as RunningMeanStd
@@ -43,6 +48,11 @@ __all__ = [
     "return_range_init",
     "return_range_scale",
     "return_range_update",
+    "rnd_error",
+    "rnd_key_mask",
+    "rnd_loss",
+    "rnd_reward",
+    "rnd_reward_stats_update",
     "running_mean_std_init",
     "running_mean_std_normalize",
     "running_mean_std_update",
