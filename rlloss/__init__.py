@@ -11,6 +11,11 @@ from rlloss.categorical import categorical_kl_balanced as categorical_kl_balance
 from rlloss.categorical import categorical_kl_terms as categorical_kl_terms
 from rlloss.categorical import straight_through_one_hot as straight_through_one_hot
 from rlloss.categorical import unimix as unimix
+from rlloss.dreamer_v3 import DREAMER_V3_DEFAULTS as DREAMER_V3_DEFAULTS
+from rlloss.dreamer_v3 import DREAMER_V3_OFFICIAL as DREAMER_V3_OFFICIAL
+from rlloss.dreamer_v3 import dreamer_v3_model_loss as dreamer_v3_model_loss
+from rlloss.dreamer_v3 import dreamer_v3_model_losses as dreamer_v3_model_losses
+from rlloss.dreamer_v3 import dreamer_v3_model_terms as dreamer_v3_model_terms
 from rlloss.rnd import rnd_error as rnd_error
 from rlloss.rnd import rnd_key_mask as rnd_key_mask
 from rlloss.rnd import rnd_loss as rnd_loss
@@ -35,6 +40,8 @@ from rlloss.two_hot import two_hot_decode as two_hot_decode
 from rlloss.two_hot import two_hot_encode as two_hot_encode
 
 __all__ = [
+    "DREAMER_V3_DEFAULTS",
+    "DREAMER_V3_OFFICIAL",
     "DiscountedSum",
     "ReturnRange",
     "RunningMeanStd",
@@ -44,6 +51,9 @@ __all__ = [
     "categorical_kl_terms",
     "discounted_sum_init",
     "discounted_sum_update",
+    "dreamer_v3_model_loss",
+    "dreamer_v3_model_losses",
+    "dreamer_v3_model_terms",
     "random",
     "return_range_init",
     "return_range_scale",
