@@ -1,0 +1,13 @@
+"""Torch modules over the pure losses of ``rlloss``: they hold networks, name tensordict entries and call.
+
+``rlloss_nn.networks`` has reference networks to go with them.
+"""
+
+from rlloss_nn.dreamer_v3 import DreamerV3ModelLoss as DreamerV3ModelLoss
+from rlloss_nn.functional import functionalize as functionalize
+from rlloss_nn.loss_module import LossModule as LossModule
+from rlloss_nn.rnd import RNDLoss as RNDLoss
+from rlloss_nn.rnd import RNDReward as RNDReward
+from rlloss_nn.statistics import RunningMeanStd as RunningMeanStd
+
+__all__ = ["DreamerV3ModelLoss", "LossModule", "RNDLoss", "RNDReward", "RunningMeanStd", "functionalize"]

@@ -1,0 +1,307 @@
+"""Random network distillation as torch modules: the predictor's loss, and the intrinsic reward."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase, is_tensor_collection
+from tensordict.nn import TensorDictModuleBase, dispatch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from rlloss import checks
+from rlloss.rnd import rnd_error, rnd_loss, rnd_reward, rnd_reward_stats_update, rows_drawn
+from rlloss.statistics import DiscountedSum
+from rlloss.types import ApplyFn
+from rlloss_nn.functional import functionalize
+from rlloss_nn.loss_module import LossModule, NestedKey, is_key
+from rlloss_nn.statistics import RunningMeanStd
+
+
+class RNDLoss(LossModule):
+    r"""Loss that trains the predictor of random network distillation.
+
+    .. math:: L = \frac{1}{|I|} \sum_{i \in I} \frac{1}{K} \sum_k \left(\hat f_k(z_i) - f_k(z_i)\right)^2
+
+    over ceil(update_fraction * B) rows I, drawn without repetition from torch's global generator at each call. Both
+    networks run on those rows only, in the dtype of their own parameters. The function is :func:`rlloss.rnd_loss`.
+
+    Source: Burda et al. 2018 (arXiv:1810.12894); names and defaults as torchrl 0.14.1 ``RNDLoss``.
+
+    Args:
+        predictor_network: observations [B, *obs] -> features [B, K]; trained.
+        target_network: likewise; its parameters are frozen and it is kept in eval mode.
+        obs_rms: statistics the observations are normalised with: any object with ``mean`` and ``var``, usually that of
+            :class:`RNDReward`. None: no normalisation; uint8 images become floats in [0, 1].
+        obs_clip: normalised observations are clipped to [-obs_clip, obs_clip].
+        reduction: "mean", "sum" or "none": [*batch] with zeros where a sample was not drawn.
+        update_fraction: share of the batch that is drawn, in [0, 1].
+
+    The observations are read under ``("next", "observation")``; ``set_keys(observation=...)`` changes that. All
+    dimensions of the TensorDict's batch size count as samples; where it has none, the first of the observation does.
+
+    Raises:
+        ValueError: if ``update_fraction`` is outside [0, 1], ``obs_clip`` is negative or ``reduction`` is unknown.
+        TypeError: if ``update_fraction`` is not a number.
+        KeyError: at the call, if the observation is missing.
+
+    Example:
+        >>> predictor = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 64))
+        >>> target = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 64))
+        >>> loss = RNDLoss(predictor, target)
+        >>> batch = TensorDict({"next": {"observation": torch.randn(32, 4)}}, [32])
+        >>> loss(batch)["loss_predictor"].backward()
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        observation: NestedKey = ("next", "observation")
+
+    default_keys = _AcceptedKeys
+    tensor_keys: _AcceptedKeys
+    out_keys = ["loss_predictor"]  # noqa: RUF012  (a ClassVar would hide it from `dispatch`)
+
+    def __init__(
+        self,
+        predictor_network: nn.Module,
+        target_network: nn.Module,
+        *,
+        obs_rms: Any | None = None,
+        obs_clip: float = 5.0,
+        reduction: str = "mean",
+        update_fraction: float = 0.25,
+    ) -> None:
+        super().__init__()
+        if isinstance(update_fraction, Tensor):
+            guess = "The number of rows cannot depend on the value of a tensor."
+            raise TypeError(checks.text("RNDLoss", "update_fraction", "a number", "a tensor", guess))
+        checks.within("RNDLoss", "update_fraction", update_fraction, 0.0, 1.0)
+        checks.within("RNDLoss", "obs_clip", obs_clip, 0.0)
+        checks.option("RNDLoss", "reduction", reduction, ("mean", "sum", "none"))
+        self.predictor_network = predictor_network
+        self.target_network = target_network.requires_grad_(False).eval()
+        self.obs_rms = obs_rms
+        self.obs_clip = obs_clip
+        self.reduction = reduction
+        self.update_fraction = update_fraction
+
+    def train(self, mode: bool = True) -> "RNDLoss":
+        """Switch the predictor's mode; the target stays in eval mode, or dropout in it would move the goal."""
+        super().train(mode)
+        self.target_network.eval()
+        return self
+
+    def functional(self) -> tuple[Callable[..., Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """``(loss_fn, pred_params, target_params)``.
+
+        ``loss_fn(pred_params, target_params, batch, key_mask=None)`` is :func:`rlloss.rnd_loss` with this module's
+        networks and settings; the batch is a tensor of observations or a TensorDict, and nothing is drawn: which
+        samples count is up to ``key_mask``, for instance :func:`rlloss.rnd_key_mask`. For a TensorDict of several
+        batch dimensions, rows count through all of them, and a bool mask has their shape.
+        """
+        predictor, pred_params = functionalize(self.predictor_network)
+        target, target_params = functionalize(self.target_network)
+
+        def loss_fn(pred_params: Any, target_params: Any, batch: Any, key_mask: Tensor | None = None) -> Tensor:
+            if not is_tensor_collection(batch):
+                return self._loss(pred_params, target_params, batch, key_mask, predictor, target)
+            samples, leading = self._samples(batch)
+            if key_mask is not None and key_mask.dtype == torch.bool:
+                checks.same_shape("RNDLoss", "key_mask", key_mask, "the batch", leading)
+                key_mask = key_mask.reshape(-1)
+            loss = self._loss(pred_params, target_params, samples, key_mask, predictor, target)
+            return self._unflatten(loss, leading)
+
+        return loss_fn, pred_params, target_params
+
+    def _of_tensordict(self, tensordict: TensorDictBase) -> TensorDictBase:
+        samples, leading = self._samples(tensordict)
+        networks = _run(self.predictor_network), _run(self.target_network)
+        params = list(self.predictor_network.parameters()), list(self.target_network.parameters())
+        loss = self._loss(*params, samples, self._draw(samples), *networks)
+        return TensorDict({"loss_predictor": self._unflatten(loss, leading)}, [])
+
+    def _loss(
+        self, pred_params: Any, target_params: Any, batch: Any, key_mask: Tensor | None, predictor: Any, target: Any
+    ) -> Tensor:
+        _to_eval(self.target_network)
+        return rnd_loss(
+            pred_params,
+            target_params,
+            batch,
+            key_mask,
+            predictor=_in_dtype_of_params(predictor),
+            target=_in_dtype_of_params(target),
+            obs_stats=self.obs_rms,
+            obs_clip=self.obs_clip,
+            reduction=self.reduction,
+        )
+
+    def _samples(self, tensordict: TensorDictBase) -> tuple[Any, tuple[int, ...]]:
+        """The observations [samples, *obs], and the batch dimensions that were flattened."""
+        observation = self._get(tensordict, "observation", self.tensor_keys.observation)
+        leading = tuple(tensordict.batch_size)
+        if not leading and is_tensor_collection(observation):
+            wanted = "one with a batch size, where the observation is a TensorDict"
+            raise ValueError(checks.text("RNDLoss", "tensordict", wanted, "batch size []"))
+        if not leading and observation.ndim > 1:
+            leading = tuple(observation.shape[:1])
+        return observation.reshape(math.prod(leading), *observation.shape[len(leading) :]), leading
+
+    def _unflatten(self, loss: Tensor, leading: tuple[int, ...]) -> Tensor:
+        return loss.reshape((*leading, *loss.shape[1:])) if self.reduction == "none" else loss
+
+    def _draw(self, samples: Any) -> Tensor | None:
+        if self.update_fraction == 1:
+            return None
+        size, device = samples.shape[0], tree_flatten(samples)[0][0].device
+        return torch.randperm(size, device=device)[: rows_drawn(size, self.update_fraction)]
+
+    def _read_keys(self) -> list[NestedKey]:
+        return [self.tensor_keys.observation]
+
+
+class RNDReward(TensorDictModuleBase):  # type: ignore[misc]
+    r"""Intrinsic reward of random network distillation, with both running statistics in buffers.
+
+    .. math:: r = \frac{e}{\sqrt{\mathrm{Var}[\textstyle\sum_{k \ge 0} \gamma^k e_{t-k}]}}
+
+    In train mode a call follows the author's order: the bonus e is computed with the old observation statistics,
+    which then take in the observations; the statistics of the discounted sum of the bonus take in the new sums; the
+    bonus is divided by their standard deviation. In eval mode no statistic moves. The functions are
+    :func:`rlloss.rnd_error`, :func:`rlloss.rnd_reward_stats_update` and :func:`rlloss.rnd_reward`.
+
+    Source: Burda et al. 2018 (arXiv:1810.12894), section 2.4; openai/random-network-distillation@f75c0f1 ppo_agent.py
+    ``PpoAgent.update``.
+
+    Args:
+        predictor_network: observations [N, *obs] -> features [N, K].
+        target_network: likewise; its parameters are frozen and it is kept in eval mode.
+        observation_shape: of one observation; statistics are kept for each of its entries.
+        env_shape: of the parallel environments, ``()`` for one. A TensorDict holds one step of them, [*env_shape], or
+            a piece of their trajectories, [*env_shape, T].
+        in_keys: where the observations are, by default ``("next", "observation")``.
+        out_keys: where the reward goes, by default ``("next", "intrinsic_reward")``, of shape [*batch, 1].
+        discount: gamma of the intrinsic reward, in [0, 1].
+        obs_clip: normalised observations are clipped to [-obs_clip, obs_clip].
+
+    Share the observation statistics with the loss: ``RNDLoss(predictor, target, obs_rms=reward.obs_rms)``.
+
+    Raises:
+        ValueError: if ``discount`` is outside [0, 1], ``obs_clip`` is negative, or ``in_keys`` or ``out_keys`` are not
+            a list of one key; at the call, if the observation does not fit ``env_shape`` and ``observation_shape``.
+        KeyError: at the call, if the observation is missing.
+
+    Example:
+        >>> reward = RNDReward(nn.Linear(4, 8), nn.Linear(4, 8), observation_shape=(4,), env_shape=(2,))
+        >>> td = reward(TensorDict({"next": {"observation": torch.randn(2, 5, 4)}}, [2, 5]))
+        >>> td["next", "intrinsic_reward"].shape
+        torch.Size([2, 5, 1])
+    """
+
+    discounted_sum: Tensor
+
+    def __init__(
+        self,
+        predictor_network: nn.Module,
+        target_network: nn.Module,
+        *,
+        observation_shape: Sequence[int],
+        env_shape: Sequence[int] = (),
+        in_keys: Sequence[NestedKey] = (("next", "observation"),),
+        out_keys: Sequence[NestedKey] = (("next", "intrinsic_reward"),),
+        discount: float = 0.99,
+        obs_clip: float = 5.0,
+    ) -> None:
+        super().__init__()
+        checks.within("RNDReward", "discount", discount, 0.0, 1.0)
+        checks.within("RNDReward", "obs_clip", obs_clip, 0.0)
+        self.in_keys, self.out_keys = _one_key("in_keys", in_keys), _one_key("out_keys", out_keys)
+        self.predictor_network = predictor_network
+        self.target_network = target_network.requires_grad_(False).eval()
+        self.obs_rms = RunningMeanStd(observation_shape)
+        self.reward_rms = RunningMeanStd(())
+        self.register_buffer("discounted_sum", torch.zeros(tuple(env_shape)))
+        self.discount = discount
+        self.obs_clip = obs_clip
+
+    def train(self, mode: bool = True) -> "RNDReward":
+        """Switch whether statistics move; the target stays in eval mode."""
+        super().train(mode)
+        self.target_network.eval()
+        return self
+
+    @dispatch(auto_batch_size=False)  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the intrinsic reward into ``tensordict``."""
+        observation = tensordict.get(self.in_keys[0], None)
+        if observation is None:
+            there = f"keys {sorted(map(str, tensordict.keys(True, True)))}"
+            raise KeyError(checks.text("RNDReward", "tensordict", f"one with {self.in_keys[0]!r}", there))
+        steps = self._steps(observation)
+        error = self._error(observation, steps)
+        sums, stats = DiscountedSum(self.discounted_sum), self.reward_rms.state
+        if self.training:
+            envs = self.discounted_sum.shape
+            sums, stats = rnd_reward_stats_update(
+                error.reshape(*envs, math.prod(steps[len(envs) :])), sums, stats, discount=self.discount
+            )
+        tensordict.set(self.out_keys[0], rnd_reward(error, stats).unsqueeze(-1))
+        # Last, so that a call that fails leaves the statistics as they were.
+        if self.training:
+            self.obs_rms.update(observation)
+            self.discounted_sum.copy_(sums.value)
+            self.reward_rms.load_state(stats)
+        return tensordict
+
+    def _error(self, observation: Tensor, steps: tuple[int, ...]) -> Tensor:
+        _to_eval(self.target_network)
+        return rnd_error(
+            list(self.predictor_network.parameters()),
+            list(self.target_network.parameters()),
+            observation.reshape(math.prod(steps), *self.obs_rms.mean.shape),
+            predictor=_in_dtype_of_params(_run(self.predictor_network)),
+            target=_in_dtype_of_params(_run(self.target_network)),
+            obs_stats=self.obs_rms,
+            obs_clip=self.obs_clip,
+        ).reshape(steps)
+
+    def _steps(self, observation: Tensor) -> tuple[int, ...]:
+        """The observation's leading dimensions: those of the environments, then perhaps time."""
+        event, envs = tuple(self.obs_rms.mean.shape), tuple(self.discounted_sum.shape)
+        leading = tuple(observation.shape[: observation.ndim - len(event)])
+        if (*leading, *event) != tuple(observation.shape) or leading not in (envs, (*envs, *leading[len(envs) :][:1])):
+            wanted = f"of shape {[*envs, *event]} or {[*envs, 'T', *event]}"
+            raise ValueError(checks.text("RNDReward", "observation", wanted, checks.describe(observation)))
+        return leading
+
+
+def _run(network: nn.Module) -> ApplyFn:
+    """``network`` with the parameters it has."""
+    return lambda _, x: network(x)
+
+
+def _in_dtype_of_params(apply: ApplyFn) -> ApplyFn:
+    """The loss computes in float32 at least; a bfloat16 network cannot, nor a float32 one on float64 observations."""
+
+    def call(params: Any, observation: Any) -> Any:
+        dtype = next((p.dtype for p in tree_flatten(params)[0] if p.is_floating_point()), None)
+        return apply(params, observation if dtype is None else tree_map(lambda x: x.to(dtype), observation))
+
+    return call
+
+
+def _to_eval(target: nn.Module) -> None:
+    """Others who hold the target may have switched it back to train mode."""
+    if target.training:
+        target.eval()
+
+
+def _one_key(argument: str, keys: Sequence[NestedKey]) -> list[NestedKey]:
+    if isinstance(keys, str) or len(keys) != 1 or not is_key(keys[0]):
+        guess = f"Did you mean [{keys!r}]?" if is_key(keys) else ""
+        raise ValueError(checks.text("RNDReward", argument, "a list of one key", checks.describe(keys), guess))
+    return list(keys)
