@@ -1,0 +1,1 @@
+"""Programs that show what the losses do; not part of the installed packages."""

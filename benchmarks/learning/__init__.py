@@ -1,0 +1,1 @@
+"""Agents and models that learn from real environments with these losses."""
