@@ -1,0 +1,1 @@
+"""Each loss beside its peers and the hardware, in one run."""
