@@ -19,9 +19,9 @@ def functionalize(module: nn.Module) -> tuple[ApplyFn, dict[str, Tensor]]:
 
     .. math:: \mathrm{apply}(\mathrm{params}, x) = \mathrm{module}(x)
 
-    Nothing is copied: the dict holds the module's own tensors, so that ``backward`` still fills their ``grad``. For
-    ``torch.func`` transforms, which build no graph of their own on top of autograd's, hand in detached ones:
-    ``{name: p.detach() for name, p in params.items()}``.
+    Nothing is copied: the dict holds the module's own tensors, so that ``backward`` still fills their ``grad``. To
+    ``torch.func`` transforms hand in detached ones, ``{name: p.detach() for name, p in params.items()}``, or autograd
+    records the transform's own backward pass, too.
 
     Source: PyTorch, ``torch.func.functional_call``.
 
