@@ -259,6 +259,115 @@ def return_range_scale(state: ReturnRange, *, minimum: Scalar = 1.0) -> Tensor:
     return torch.maximum(span, checks.scalar_like(span, minimum))
 
 
+class MeanStd(NamedTuple):
+    """Moving averages of a value and of its square, and of 1: how much of an average has been seen."""
+
+    mean: Tensor  # []
+    square: Tensor  # []
+    correction: Tensor  # []
+
+
+def mean_std_init(*, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> MeanStd:
+    """Averages of nothing: all 0.
+
+    Source: danijar/dreamerv3@e3f0224 embodied/jax/utils.py ``Normalize`` (impl "meanstd").
+
+    Args:
+        dtype: of the state, a floating-point dtype.
+        device: of the state.
+
+    Returns:
+        The state.
+
+    Raises:
+        TypeError: if ``dtype`` is not a floating-point dtype.
+
+    Example:
+        >>> mean_std_init().mean
+        tensor(0.)
+    """
+    checks.floating_dtype("mean_std_init", dtype)
+    return MeanStd(*[torch.zeros((), dtype=dtype, device=device) for _ in MeanStd._fields])
+
+
+def mean_std_update(state: MeanStd, x: Tensor, *, rate: Scalar = 0.01, group: "ProcessGroup | None" = None) -> MeanStd:
+    r"""Moves both averages towards those of a batch.
+
+    .. math:: \mu' = (1 - r) \, \mu + r \, \bar x, \quad q' = (1 - r) \, q + r \, \overline{x^2}, \quad
+              k' = (1 - r) \, k + r
+
+    Unlike :func:`running_mean_std_update` it forgets: a value that changes with the policy is not stationary. A batch
+    that is empty or holds a NaN or an infinite value, or one whose square is infinite, leaves the state as it is.
+
+    Source: danijar/dreamerv3@e3f0224 embodied/jax/utils.py ``Normalize.update`` (impl "meanstd").
+
+    Args:
+        state: from :func:`mean_std_init` or an earlier update.
+        x: any shape and numeric dtype.
+        rate: weight of the new batch, in [0, 1].
+        group: process group whose members' values are pooled first; every member gets the same result. None: only
+            this process.
+
+    Returns:
+        The new state, with the dtype of the old.
+
+    Raises:
+        TypeError: if ``x`` is not a tensor of numbers.
+        ValueError: if ``rate`` is outside [0, 1].
+
+    Example:
+        >>> state = mean_std_update(mean_std_init(), torch.tensor([1.0, 3.0]), rate=0.5)
+        >>> state.mean, state.square, state.correction
+        (tensor(1.), tensor(2.5000), tensor(0.5000))
+    """
+    x = checks.real("mean_std_update", "x", x).detach()
+    checks.knob("mean_std_update", "rate", rate, 0.0, 1.0)
+    x = x.to(checks.compute_dtype(x, state.mean))
+    number, total, squares = x.new_full((), x.numel()), x.sum(), x.square().sum()
+    if group is not None:
+        number, total, squares = (_sum_over(y, group) for y in (number, total, squares))
+    batch = (total / number, squares / number, torch.ones_like(number))
+    moved = [((1 - rate) * old.to(x.dtype) + rate * new).to(old.dtype) for old, new in zip(state, batch, strict=True)]
+    # An empty batch has the mean 0 / 0.
+    finite = torch.isfinite(moved[0]) & torch.isfinite(moved[1])
+    return MeanStd(*[torch.where(finite, new, old) for new, old in zip(moved, state, strict=True)])
+
+
+def mean_std_read(state: MeanStd, *, debias: bool = True, minimum: Scalar = 1e-8) -> tuple[Tensor, Tensor]:
+    r"""What is subtracted from values, and what they are divided by then.
+
+    .. math:: \left(\frac{\mu}{k}, \max\left(m, \sqrt{\max(0, q / k - (\mu / k)^2)}\right)\right)
+
+    Source: danijar/dreamerv3@e3f0224 embodied/jax/utils.py ``Normalize.stats`` (impl "meanstd").
+
+    Args:
+        state: of the values.
+        debias: divides by k, so that the averages do not remember that they started at 0; False sets k to 1.
+        minimum: smallest deviation.
+
+    Returns:
+        ``(mean, std)``, [] each; before the first update 0 and ``minimum``.
+
+    Raises:
+        TypeError: if ``debias`` is not True or False.
+        ValueError: if ``minimum`` is negative.
+
+    Example:
+        >>> state = mean_std_update(mean_std_init(), torch.tensor([1.0, 3.0]))
+        >>> mean_std_read(state)
+        (tensor(2.), tensor(1.))
+    """
+    if not isinstance(debias, bool):
+        raise TypeError(checks.text("mean_std_read", "debias", "True or False", checks.describe(debias)))
+    checks.knob("mean_std_read", "minimum", minimum, 0.0)
+    mean, square, correction = (x.to(checks.compute_dtype(x)) for x in state)
+    if debias:
+        seen = torch.where(correction > 0, correction, 1.0)
+        mean, square = mean / seen, square / seen
+    std = (square - mean.square()).clamp_min(0).sqrt()
+    return mean, torch.maximum(std, checks.scalar_like(std, minimum))
+
+
 class DiscountedSum(NamedTuple):
     """A sum over the past, each step weighing less: the forward filter of RND's reward scale."""
 

@@ -6,8 +6,9 @@
 from rlloss_nn.dreamer_v3 import DreamerV3ModelLoss as DreamerV3ModelLoss
 from rlloss_nn.functional import functionalize as functionalize
 from rlloss_nn.loss_module import LossModule as LossModule
+from rlloss_nn.optim import LaProp as LaProp
 from rlloss_nn.rnd import RNDLoss as RNDLoss
 from rlloss_nn.rnd import RNDReward as RNDReward
 from rlloss_nn.statistics import RunningMeanStd as RunningMeanStd
 
-__all__ = ["DreamerV3ModelLoss", "LossModule", "RNDLoss", "RNDReward", "RunningMeanStd", "functionalize"]
+__all__ = ["DreamerV3ModelLoss", "LaProp", "LossModule", "RNDLoss", "RNDReward", "RunningMeanStd", "functionalize"]
