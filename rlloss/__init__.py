@@ -35,6 +35,7 @@ from rlloss.optim import laprop_init as laprop_init
 from rlloss.optim import laprop_update as laprop_update
 from rlloss.optim import linear_warmup as linear_warmup
 from rlloss.policy import CategoricalPolicy as CategoricalPolicy
+from rlloss.policy import EvaluatedPolicy as EvaluatedPolicy
 from rlloss.policy import NormalPolicy as NormalPolicy
 from rlloss.policy import bounded_normal as bounded_normal
 from rlloss.policy import categorical_policy as categorical_policy
@@ -77,6 +78,7 @@ __all__ = [
     "DiscountedSum",
     "DreamerV3Agent",
     "DreamerV3State",
+    "EvaluatedPolicy",
     "Imagination",
     "LaPropState",
     "MeanStd",

@@ -4,6 +4,8 @@ A check looks only at what is known without reading a value, so it costs nothing
 and never waits for a device. Each text reads ``function: argument must be <wanted>, got <got>. <guess>``.
 """
 
+import numbers
+import sys
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -12,6 +14,15 @@ import torch
 from torch import Tensor
 
 from rlloss.types import Scalar
+
+LARGEST = sys.float_info.max
+LARGEST_INTEGER = 2**63 - 1  # of int64
+
+
+class MissingKeyError(KeyError):
+    """A KeyError that prints its sentence; KeyError itself prints the sentence's repr, quoted and escaped."""
+
+    __str__ = Exception.__str__
 
 
 def text(function: str, argument: str, wanted: str, got: str, guess: str = "") -> str:
@@ -23,7 +34,8 @@ def describe(x: object) -> str:
     """What ``x`` is, in words: ``float32 [2, 3]`` for a tensor, otherwise its type and value."""
     if isinstance(x, Tensor):
         return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
-    return f"{type(x).__name__} {x!r}" if isinstance(x, (str, int, float, tuple, list)) else type(x).__name__
+    shown = isinstance(x, (str, tuple, list, numbers.Number))
+    return f"{type(x).__name__} {x!r}" if shown else type(x).__name__
 
 
 def tensor(function: str, argument: str, x: object) -> Tensor:
@@ -103,22 +115,85 @@ def option(function: str, argument: str, value: object, options: Iterable[str]) 
         raise ValueError(text(function, argument, wanted, repr(value), did_you_mean(value, options)))
 
 
-def within(function: str, argument: str, value: object, low: float, high: float = float("inf")) -> None:
-    """A Python number lies in [low, high]. A tensor passes: reading it would wait for its device (rule 2)."""
+def within(function: str, argument: str, value: object, low: float, high: float = LARGEST) -> None:
+    """A Python or numpy number lies in [low, high]; without ``high`` it is finite.
+
+    A tensor passes: reading it would wait for its device (rule 2).
+    """
     if isinstance(value, Tensor):
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(text(function, argument, "a number or a 0-d tensor", describe(value)))
-    if not low <= value <= high:
-        wanted = f"at least {low:g}" if high == float("inf") else f"in [{low:g}, {high:g}]"
-        raise ValueError(text(function, argument, wanted, repr(value)))
+    # Numpy compares in the precision of its number, in which LARGEST may be infinite.
+    number, low, high = (x if isinstance(x, (int, float)) else float(x) for x in (value, low, high))
+    if not max(low, -LARGEST) <= number <= high:
+        raise ValueError(text(function, argument, _range(value, low, high), repr(value)))
 
 
-def knob(function: str, argument: str, value: object, low: float, high: float = float("inf")) -> None:
+def knob(function: str, argument: str, value: object, low: float, high: float = LARGEST) -> None:
     """As :func:`within`, for what must be one number: a tensor has no dimensions."""
     if isinstance(value, Tensor) and value.ndim > 0:
         raise ValueError(text(function, argument, "a number or a 0-d tensor", describe(value)))
     within(function, argument, value, low, high)
+
+
+def _range(value: Any, low: float, high: float) -> str:
+    if high < LARGEST:
+        return f"in [{low:g}, {high:g}]"
+    return "a finite number" if low <= -LARGEST or value > low else f"at least {low:g}"
+
+
+def integer(
+    function: str, argument: str, x: object, low: int = 0, high: int = LARGEST_INTEGER, *, wanted: str = "an int"
+) -> int:
+    """``x`` as an int in [low, high]; the size of a traced tensor stays what it is."""
+    if not is_integer(x):
+        raise TypeError(text(function, argument, wanted, describe(x)))
+    number: int = x if isinstance(x, (int, torch.SymInt)) else int(x)  # type: ignore[assignment, call-overload]
+    if not low <= number <= high:
+        span = f"in [{low}, {high}]" if high < LARGEST_INTEGER or low < 0 else f"at least {low}"
+        raise ValueError(text(function, argument, span, repr(x)))
+    return number
+
+
+def is_integer(x: object) -> bool:
+    """Whether ``x`` can count: an int of Python, of numpy or of a traced tensor's shape."""
+    # bool is a subclass of int, and torch.SymInt is none.
+    return isinstance(x, (int, torch.SymInt, numbers.Integral)) and not isinstance(x, bool)
+
+
+def shape(function: str, argument: str, x: object) -> tuple[int, ...]:
+    """``x`` as the shape of a tensor."""
+    if not isinstance(x, (tuple, list)) or not all(is_integer(size) for size in x):
+        guess = f"Did you mean ({x},)?" if is_integer(x) else ""
+        raise TypeError(text(function, argument, "a tuple of ints", describe(x), guess))
+    if any(size < 0 for size in x):
+        raise ValueError(text(function, argument, "a tuple of sizes of at least 0", describe(x)))
+    return tuple(x)
+
+
+def flag(function: str, argument: str, x: object) -> None:
+    """``x`` is True or False."""
+    if not isinstance(x, bool):
+        raise TypeError(text(function, argument, "True or False", describe(x)))
+
+
+def function_of(function: str, argument: str, x: object, signature: str) -> None:
+    """``x`` can be called, as ``signature`` says."""
+    if not callable(x):
+        raise TypeError(text(function, argument, f"a function {signature}", describe(x)))
+
+
+def state(function: str, argument: str, x: object, kind: Any) -> None:
+    """``x`` has the tensors of the NamedTuple ``kind``."""
+    if not has_tensors(x, *kind._fields):
+        wanted = f"a {kind.__name__} of tensors {', '.join(kind._fields)}"
+        raise TypeError(text(function, argument, wanted, describe(x)))
+
+
+def has_tensors(x: object, *names: str) -> bool:
+    """Whether ``x`` has tensors as its attributes ``names``."""
+    return all(isinstance(getattr(x, name, None), Tensor) for name in names)
 
 
 def floating_dtype(function: str, dtype: torch.dtype) -> None:
@@ -145,7 +220,7 @@ def take(function: str, argument: str, mapping: Any, key: str, why: str = "") ->
     keys = [str(k) for k in mapping.keys()]
     if key not in keys:
         guess = " ".join(s for s in (why, did_you_mean(key, keys)) if s)
-        raise KeyError(text(function, argument, f"a mapping with {key!r}", f"keys {sorted(keys)}", guess))
+        raise MissingKeyError(text(function, argument, f"a mapping with {key!r}", f"keys {sorted(keys)}", guess))
     return mapping[key]
 
 

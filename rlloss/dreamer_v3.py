@@ -11,7 +11,15 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tre
 
 from rlloss import checks
 from rlloss.categorical import balanced_kl, categorical_kl_terms, unimix
-from rlloss.policy import CategoricalPolicy, NormalPolicy, Policy, policy_entropy, policy_log_prob, policy_sample
+from rlloss.policy import (
+    CategoricalPolicy,
+    EvaluatedPolicy,
+    NormalPolicy,
+    Policy,
+    policy_entropy,
+    policy_log_prob,
+    policy_sample,
+)
 from rlloss.returns import lambda_return
 from rlloss.statistics import ReturnRange, return_range_scale, return_range_update
 from rlloss.transforms import symlog
@@ -173,7 +181,9 @@ def dreamer_v3_model_losses(
     terms = dreamer_v3_model_terms(outputs, batch, **knobs)
     mask = batch["mask"] if checks.has(batch, "mask") else None
     unweighted = {name: _mean(term, mask) for name, term in terms.items()}
-    weighted = {name: _weight(name, k) * loss for name, loss in unweighted.items()}
+    # Tensors, for where a loss has a number as a factor, jvp(grad) of a function that casts it fails in the backward.
+    weights = {name: checks.scalar_like(loss, _weight(name, k)) for name, loss in unweighted.items()}
+    weighted = {name: weights[name] * loss for name, loss in unweighted.items()}
     return weighted, unweighted, terms
 
 
@@ -217,6 +227,7 @@ def dreamer_v3_model_loss(
         >>> loss, aux["losses"]["kl"]
         (tensor(6.5413), tensor(1.))
     """
+    checks.function_of(FUNCTION, "world_model", world_model, "(params, batch) -> outputs")
     _check_keys(batch, model_knobs(knobs))
     outputs = world_model(params, _silence(batch))
     weighted, unweighted, terms = dreamer_v3_model_losses(outputs, batch, **knobs)
@@ -269,7 +280,8 @@ def _reconstruction_term(outputs: Mapping[str, Any], batch: Batch, steps: _Steps
         raise TypeError(checks.text(FUNCTION, "reconstruction", wanted, checks.describe(reconstruction)))
     if sorted(observation.keys()) != sorted(reconstruction.keys()):
         wanted, got = f"a mapping with {sorted(observation.keys())}", f"keys {sorted(reconstruction.keys())}"
-        raise KeyError(checks.text(FUNCTION, "reconstruction", wanted, got, "One head for each observation."))
+        guess = "One head for each observation."
+        raise checks.MissingKeyError(checks.text(FUNCTION, "reconstruction", wanted, got, guess))
     heads = [_head_term(head, observation[head], reconstruction[head], steps, k) for head in observation.keys()]
     return torch.stack(heads).sum(0)
 
@@ -335,8 +347,8 @@ def _check_keys(batch: Batch, k: Mapping[str, Any]) -> None:
     if not isinstance(k["reco_transform"], str):
         heads = ["observation"] if isinstance(observation, Tensor) else sorted(observation.keys())
         if sorted(k["reco_transform"].keys()) != heads:
-            got = f"keys {sorted(k['reco_transform'].keys())}"
-            raise KeyError(checks.text(FUNCTION, "reco_transform", f"an option or a mapping with {heads}", got))
+            wanted, got = f"an option or a mapping with {heads}", f"keys {sorted(k['reco_transform'].keys())}"
+            raise checks.MissingKeyError(checks.text(FUNCTION, "reco_transform", wanted, got))
 
 
 def _mask(batch: Batch, steps: tuple[int, ...]) -> Tensor | None:
@@ -368,6 +380,13 @@ def _silence(batch: Batch) -> Batch:
 def _mean(term: Tensor, mask: Tensor | None) -> Tensor:
     number = max(term.numel(), 1) if mask is None else mask.sum().clamp_min(1)
     return term.sum() / number
+
+
+def reduced(terms: Tensor, reduction: str) -> Tensor:
+    """The terms as ``reduction``, one of ``REDUCTIONS``, says; the mean of none is 0."""
+    if reduction == "none":
+        return terms
+    return _mean(terms, None) if reduction == "mean" else terms.sum()
 
 
 def _weight(name: str, k: Mapping[str, Any]) -> Scalar:
@@ -422,6 +441,7 @@ class BehaviourTargets(NamedTuple):
 
 ESTIMATORS = ("score", "pathwise")
 VALUE_LOSSES = ("two_hot", "symlog_mse")
+REDUCTIONS = ("mean", "sum", "none")
 
 
 def imagine(
@@ -715,6 +735,7 @@ def dreamer_v3_value_loss(
     value_loss: str = "two_hot",
     bins: Tensor | None = None,
     value_stats: tuple[Scalar, Scalar] | None = None,
+    reduction: str = "mean",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     r"""Loss of the critic on imagined rollouts: mean of :func:`dreamer_v3_value_terms`.
 
@@ -733,9 +754,11 @@ def dreamer_v3_value_loss(
         value_loss: see :func:`dreamer_v3_value_terms`.
         bins: see :func:`dreamer_v3_value_terms`.
         value_stats: see :func:`dreamer_v3_value_terms`.
+        reduction: "mean", "sum" or "none".
 
     Returns:
-        ``(loss, aux)``: loss []; aux: "terms" and "value" (what the critic predicts), detached, [..., T - 1].
+        ``(loss, aux)``: loss [], or [..., T - 1] with "none"; aux: "terms" and "value" (what the critic predicts),
+        detached, [..., T - 1].
 
     Raises:
         KeyError: if an entry is missing.
@@ -753,7 +776,7 @@ def dreamer_v3_value_loss(
     function = "dreamer_v3_value_loss"
     weight, returns = _weight_of(function, batch), checks.take(function, "batch", batch, "returns")
     knobs = _Critic(function, slow_weight, value_loss, bins, value_stats)
-    return knobs.loss(critic, params, slow_params, batch, returns, weight)
+    return knobs.loss(critic, params, slow_params, batch, returns, weight, reduction)
 
 
 def dreamer_v3_replay_value_loss(
@@ -768,6 +791,7 @@ def dreamer_v3_replay_value_loss(
     value_loss: str = "two_hot",
     bins: Tensor | None = None,
     value_stats: tuple[Scalar, Scalar] | None = None,
+    reduction: str = "mean",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     r"""Loss of the critic on replayed sequences, which bootstraps from imagined returns.
 
@@ -793,9 +817,11 @@ def dreamer_v3_replay_value_loss(
         value_loss: see :func:`dreamer_v3_value_terms`.
         bins: see :func:`dreamer_v3_value_terms`.
         value_stats: see :func:`dreamer_v3_value_terms`.
+        reduction: "mean", "sum" or "none".
 
     Returns:
-        ``(loss, aux)``: loss []; aux: "terms", "value" and "returns", detached, [..., T - 1].
+        ``(loss, aux)``: loss [], or [..., T - 1] with "none"; aux: "terms", "value" and "returns", detached,
+        [..., T - 1].
 
     Raises:
         KeyError: if an entry is missing.
@@ -824,7 +850,8 @@ def dreamer_v3_replay_value_loss(
     goes_on, last = ~flags["terminated"], flags["is_last"]
     returns = lambda_return(steps["reward"], steps["bootstrap"], goes_on, last, discount=discount, lmbda=lmbda)
     knobs = _Critic(function, slow_weight, value_loss, bins, value_stats)
-    loss, aux = knobs.loss(critic, params, slow_params, batch, returns, (~last[..., :-1]).to(returns.dtype))
+    weight = (~last[..., :-1]).to(returns.dtype)
+    loss, aux = knobs.loss(critic, params, slow_params, batch, returns, weight, reduction)
     return loss, {**aux, "returns": returns.detach()}
 
 
@@ -1072,12 +1099,17 @@ class _Actor(NamedTuple):
         parts = {key: policy[key] for key in policy.keys()} if hasattr(policy, "keys") else {"": policy}
         for key, part in parts.items():
             argument = f"the policy of {key!r}" if key else "the policy"
-            if not isinstance(part, (NormalPolicy, CategoricalPolicy)):
+            if not isinstance(part, (NormalPolicy, CategoricalPolicy, EvaluatedPolicy)):
                 wanted = "a NormalPolicy, a CategoricalPolicy or a mapping of them"
                 raise TypeError(checks.text(self.function, argument, wanted, checks.describe(part)))
             if isinstance(part, CategoricalPolicy) and self.estimator == "pathwise":
                 guess = "A choice has no derivative: use the score estimator."
                 raise ValueError(checks.text(self.function, argument, "a NormalPolicy", "a CategoricalPolicy", guess))
+            if isinstance(part, EvaluatedPolicy):
+                for name, x in part._asdict().items():
+                    x = checks.floating(self.function, f"{name} of {argument}", x)
+                    checks.same_shape(self.function, f"{name} of {argument}", x, "the weight", weight.shape)
+                continue
             names = ["action_dim"] if isinstance(part, NormalPolicy) else ["groups", "classes"]
             if part[0].ndim != weight.ndim + len(names) or part[0].shape[: weight.ndim] != weight.shape:
                 wanted = f"of shape [{', '.join(map(str, [*weight.shape, *names]))}] like the weight"
@@ -1094,16 +1126,24 @@ class _Critic(NamedTuple):
     value_stats: tuple[Scalar, Scalar] | None
 
     def loss(
-        self, critic: ApplyFn, params: Params, slow_params: Params, batch: Batch, returns: Tensor, weight: Tensor
+        self,
+        critic: ApplyFn,
+        params: Params,
+        slow_params: Params,
+        batch: Batch,
+        returns: Tensor,
+        weight: Tensor,
+        reduction: str,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean of the terms, and what they are made of."""
+        """The terms, reduced, and what they are made of."""
+        checks.option(self.function, "reduction", reduction, REDUCTIONS)
         features = _without_last(self.function, "features", batch, weight)
         self._check_slow(params, slow_params)
         prediction = critic(params, features)
         slow = critic(tree_map(torch.detach, slow_params), features) if _wanted(self.slow_weight) else None
         terms = self.terms(prediction, slow, returns, weight)
         value = self._value("the prediction", prediction, weight)
-        return _mean(terms, None), {"terms": terms.detach(), "value": value.detach()}
+        return reduced(terms, reduction), {"terms": terms.detach(), "value": value.detach()}
 
     def terms(self, prediction: Tensor, slow_prediction: Tensor | None, returns: Tensor, weight: Tensor) -> Tensor:
         checks.option(self.function, "value_loss", self.value_loss, VALUE_LOSSES)

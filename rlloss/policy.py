@@ -1,7 +1,8 @@
 r"""Distributions over actions, made of the numbers a network puts out.
 
 An action is a vector: of real numbers (:class:`NormalPolicy`), or of choices (:class:`CategoricalPolicy`). Several
-actions at once are a mapping from name to distribution; their log-probabilities and entropies add up.
+actions at once are a mapping from name to distribution; their log-probabilities and entropies add up. A distribution of
+another family comes evaluated (:class:`EvaluatedPolicy`): losses need no more of it.
 """
 
 import math
@@ -28,8 +29,15 @@ class CategoricalPolicy(NamedTuple):
     logits: Tensor  # [..., groups, classes]
 
 
+class EvaluatedPolicy(NamedTuple):
+    """A distribution of any other family: what is left of it once the action is known."""
+
+    log_prob: Tensor  # [...], of that action
+    entropy: Tensor  # [...]
+
+
 #: The distribution of one action.
-SinglePolicy: TypeAlias = NormalPolicy | CategoricalPolicy
+SinglePolicy: TypeAlias = NormalPolicy | CategoricalPolicy | EvaluatedPolicy
 
 #: One distribution, or one for each action by name.
 Policy: TypeAlias = SinglePolicy | Mapping[str, SinglePolicy]
@@ -146,7 +154,8 @@ def policy_log_prob(policy: Policy, action: Any) -> Tensor:
     Args:
         policy: a distribution, or a mapping of them.
         action: as sampled. For :class:`NormalPolicy` [..., action_dim]; for :class:`CategoricalPolicy` one-hot floats
-            [..., groups, classes] or indices, int [..., groups]; a mapping of those for a mapping.
+            [..., groups, classes] or indices, int [..., groups]; for :class:`EvaluatedPolicy` not read; a mapping of
+            those for a mapping.
 
     Returns:
         [...]. Gradients flow into ``policy`` and ``action``.
@@ -207,6 +216,8 @@ def _sample(policy: Any, noise: Tensor) -> Tensor:
 
 def _log_prob(policy: Any, action: Tensor) -> Tensor:
     function = "policy_log_prob"
+    if isinstance(policy, EvaluatedPolicy):
+        return checks.floating(function, "log_prob", policy.log_prob)
     action = checks.tensor(function, "action", action)
     if isinstance(policy, NormalPolicy):
         mean, stddev = _mean_and_stddev(function, *policy)
@@ -231,6 +242,8 @@ def _entropy(policy: Any) -> Tensor:
     if isinstance(policy, NormalPolicy):
         _, stddev = _mean_and_stddev(function, *policy)
         return (torch.log(stddev) + math.log(2 * math.pi * math.e) / 2).sum(-1)
+    if isinstance(policy, EvaluatedPolicy):
+        return checks.floating(function, "entropy", policy.entropy)
     return categorical.categorical_entropy(_logits(function, _single(function, policy).logits)).sum(-1)
 
 
@@ -262,7 +275,7 @@ def _by_key(
         raise TypeError(checks.text(function, argument, wanted, checks.describe(other)))
     if sorted(other.keys()) != sorted(parts):
         wanted, got = f"a mapping with {sorted(parts)} like policy", f"keys {sorted(other.keys())}"
-        raise KeyError(checks.text(function, argument, wanted, got, "One distribution for each action."))
+        raise checks.MissingKeyError(checks.text(function, argument, wanted, got, "One distribution for each action."))
     return {key: apply(part, other[key]) for key, part in parts.items()}
 
 

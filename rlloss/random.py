@@ -62,7 +62,7 @@ def key(seed: int, *, device: torch.device | str | None = None) -> Tensor:
         >>> key(42), key(-1)
         (tensor([ 0, 42]), tensor([4294967295, 4294967295]))
     """
-    seed = _integer("key", "seed", seed, low=-(2**63))
+    seed = checks.integer("key", "seed", seed, low=-(2**63))
     # Filled on the device: a copy from the host would wait for it.
     words = [torch.full((), word, dtype=torch.int64, device=device) for word in (seed >> 32 & _WORD, seed & _WORD)]
     return torch.stack(words)
@@ -89,7 +89,7 @@ def split(key: Tensor, num: int = 2) -> Tensor:
         >>> first
         tensor([1797259609, 2579123966])
     """
-    key, num = _checked_key("split", key), _integer("split", "num", num)
+    key, num = _checked_key("split", key), checks.integer("split", "num", num)
     return torch.stack(_words(key, (num,)), -1)
 
 
@@ -116,7 +116,7 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
     """
     key = _checked_key("fold_in", key)
     if not isinstance(data, Tensor):
-        data = _integer("fold_in", "data", data, "an int or an integer tensor", high=_WORD)
+        data = checks.integer("fold_in", "data", data, high=_WORD, wanted="an int or an integer tensor")
         return torch.stack(_threefry(key, data))
     if data.dtype == torch.bool or data.is_floating_point() or data.is_complex():
         raise TypeError(checks.text("fold_in", "data", "an int or an integer tensor", checks.describe(data)))
@@ -150,7 +150,7 @@ def bits(key: Tensor, shape: Sequence[int]) -> Tensor:
         >>> bits(key(0), (3,))
         tensor([4070199207, 4202968722, 1427181096])
     """
-    return _bits(_checked_key("bits", key), _checked_shape("bits", shape))
+    return _bits(_checked_key("bits", key), checks.shape("bits", "shape", shape))
 
 
 def uniform(
@@ -185,7 +185,7 @@ def uniform(
         >>> uniform(key(0), (3,), -1.0, 1.0)
         tensor([ 0.8953,  0.9572, -0.3354])
     """
-    key, shape = _checked_key("uniform", key), _checked_shape("uniform", shape)
+    key, shape = _checked_key("uniform", key), checks.shape("uniform", "shape", shape)
     unit = _unit(key, shape, _checked_dtype("uniform", dtype))
     _check_end("low", low, shape, dtype)
     _check_end("high", high, shape, dtype)
@@ -222,7 +222,7 @@ def normal(key: Tensor, shape: Sequence[int], *, dtype: torch.dtype = torch.floa
         >>> normal(key(0), (3,))
         tensor([ 1.6226,  2.0253, -0.4336])
     """
-    key, shape = _checked_key("normal", key), _checked_shape("normal", shape)
+    key, shape = _checked_key("normal", key), checks.shape("normal", "shape", shape)
     unit = _unit(key, shape, _checked_dtype("normal", dtype))
     x = unit * 2 + (torch.finfo(dtype).eps / 2 - 1)
     return math.sqrt(2) * (torch.erfinv(x) if dtype == torch.float64 else _inverse_error_function(x))
@@ -252,7 +252,7 @@ def gumbel(key: Tensor, shape: Sequence[int], *, dtype: torch.dtype = torch.floa
         >>> torch.argmax(logits + gumbel(key(0), logits.shape))
         tensor(1)
     """
-    key, shape = _checked_key("gumbel", key), _checked_shape("gumbel", shape)
+    key, shape = _checked_key("gumbel", key), checks.shape("gumbel", "shape", shape)
     unit = _unit(key, shape, _checked_dtype("gumbel", dtype))
     return -torch.log(-torch.log(unit.clamp(min=torch.finfo(dtype).tiny)))
 
@@ -282,7 +282,7 @@ def bernoulli(key: Tensor, p: Scalar, shape: Sequence[int]) -> Tensor:
         >>> bernoulli(key(0), 0.5, (4,))
         tensor([False, False,  True,  True])
     """
-    key, shape = _checked_key("bernoulli", key), _checked_shape("bernoulli", shape)
+    key, shape = _checked_key("bernoulli", key), checks.shape("bernoulli", "shape", shape)
     checks.within("bernoulli", "p", p, 0.0, 1.0)
     if not isinstance(p, Tensor):
         return _unit(key, shape, torch.float32) < p
@@ -343,11 +343,10 @@ def choice(key: Tensor, n_or_tensor: int | Tensor, shape: Sequence[int], *, repl
         >>> choice(key(0), 100, (3,)), choice(key(0), 2, (2, 3), replace=True).shape
         (tensor([ 0, 36,  1]), torch.Size([2, 3]))
     """
-    key, n, shape = _checked_key("choice", key), _rows("choice", n_or_tensor), _checked_shape("choice", shape)
-    if not isinstance(replace, bool):
-        raise TypeError(checks.text("choice", "replace", "True or False", checks.describe(replace)))
+    key, n, shape = _checked_key("choice", key), _rows("choice", n_or_tensor), checks.shape("choice", "shape", shape)
+    checks.flag("choice", "replace", replace)
     if replace:
-        _integer("choice", "n_or_tensor", n, high=2**31 - 1)
+        checks.integer("choice", "n_or_tensor", n, high=2**31 - 1)
     draws = math.prod(shape)
     if draws > n and (n == 0 or not replace):
         guess = "" if replace else "Did you mean replace=True?"
@@ -451,15 +450,6 @@ def _checked_key(function: str, key: Tensor) -> Tensor:
     return key
 
 
-def _checked_shape(function: str, shape: Sequence[int]) -> tuple[int, ...]:
-    if not isinstance(shape, (tuple, list)) or not all(_is_integer(size) for size in shape):
-        guess = f"Did you mean ({shape},)?" if _is_integer(shape) else ""
-        raise TypeError(checks.text(function, "shape", "a tuple of ints", checks.describe(shape), guess))
-    if any(size < 0 for size in shape):
-        raise ValueError(checks.text(function, "shape", "a tuple of sizes of at least 0", checks.describe(shape)))
-    return tuple(shape)
-
-
 def _checked_dtype(function: str, dtype: torch.dtype) -> torch.dtype:
     if dtype not in (torch.float32, torch.float64):
         half = dtype in (torch.bfloat16, torch.float16)
@@ -470,7 +460,7 @@ def _checked_dtype(function: str, dtype: torch.dtype) -> torch.dtype:
 
 def _rows(function: str, n_or_tensor: int | Tensor) -> int:
     if not isinstance(n_or_tensor, Tensor):
-        return _integer(function, "n_or_tensor", n_or_tensor, "a tensor or an int")
+        return checks.integer(function, "n_or_tensor", n_or_tensor, wanted="a tensor or an int")
     if n_or_tensor.ndim == 0:
         got, guess = checks.describe(n_or_tensor), "Pass a number as an int: shapes cannot depend on values."
         raise ValueError(checks.text(function, "n_or_tensor", "an int or of shape [n, ...]", got, guess))
@@ -488,17 +478,3 @@ def _broadcasts(function: str, argument: str, x: Tensor, shape: tuple[int, ...])
     if x.ndim > len(shape) or any(size not in (1, wanted) for size, wanted in pairs):
         wanted = f"of a shape that broadcasts to {list(shape)}"
         raise ValueError(checks.text(function, argument, wanted, checks.describe(x)))
-
-
-def _integer(function: str, argument: str, x: int, wanted: str = "an int", low: int = 0, high: int = 2**63 - 1) -> int:
-    if not _is_integer(x):
-        raise TypeError(checks.text(function, argument, wanted, checks.describe(x)))
-    if not low <= x <= high:
-        wanted = f"at least {low}" if high == 2**63 - 1 and low == 0 else f"in [{low}, {high}]"
-        raise ValueError(checks.text(function, argument, wanted, repr(x)))
-    return x
-
-
-def _is_integer(x: object) -> bool:
-    # bool is a subclass of int, and torch.SymInt, the size of a traced tensor, is none.
-    return isinstance(x, (int, torch.SymInt)) and not isinstance(x, bool)

@@ -48,8 +48,8 @@ def rnd_key_mask(key: Tensor, batch_size: int, fraction: float = 0.25, *, exact:
         int64 rows [ceil(f * B)] if ``exact``, else bool [B].
 
     Raises:
-        TypeError: if ``key`` is not an int64 tensor, ``batch_size`` not an int, or ``fraction`` a tensor where
-            ``exact``: a shape cannot depend on its value.
+        TypeError: if ``key`` is not an int64 tensor, ``batch_size`` not an int, ``exact`` not a bool, or ``fraction`` a
+            tensor where ``exact``: a shape cannot depend on its value.
         ValueError: if ``fraction`` is outside [0, 1], ``batch_size`` is negative or ``key`` is not of shape [2].
 
     Example:
@@ -58,11 +58,11 @@ def rnd_key_mask(key: Tensor, batch_size: int, fraction: float = 0.25, *, exact:
         (torch.Size([8]), torch.Size([32]))
     """
     checks.within("rnd_key_mask", "fraction", fraction, 0.0, 1.0)
-    if not isinstance(batch_size, (int, torch.SymInt)):
-        guess = "Did you pass the batch? Its size is batch.shape[0]." if isinstance(batch_size, Tensor) else ""
+    checks.flag("rnd_key_mask", "exact", exact)
+    if isinstance(batch_size, Tensor):
+        guess = "Did you pass the batch? Its size is batch.shape[0]."
         raise TypeError(checks.text("rnd_key_mask", "batch_size", "an int", checks.describe(batch_size), guess))
-    if batch_size < 0:
-        raise ValueError(checks.text("rnd_key_mask", "batch_size", "at least 0", str(batch_size)))
+    batch_size = checks.integer("rnd_key_mask", "batch_size", batch_size)
     if not exact:
         return random.bernoulli(key, fraction, (batch_size,))
     if isinstance(fraction, Tensor):
@@ -74,7 +74,7 @@ def rnd_key_mask(key: Tensor, batch_size: int, fraction: float = 0.25, *, exact:
 def rows_drawn(batch_size: int, fraction: float) -> int:
     """ceil(fraction * batch_size): the number of rows in an exact mask."""
     # 0.07 * 100 is 7.000000000000001; the tolerance keeps a product that is whole from gaining a row.
-    return math.ceil(fraction * batch_size * (1 - 1e-12))
+    return math.ceil(float(fraction) * batch_size * (1 - 1e-12))
 
 
 def rnd_error(
@@ -113,10 +113,10 @@ def rnd_error(
         [...], in float32 at least.
 
     Raises:
-        TypeError: if an observation is not a tensor of numbers, features are not floating-point, or statistics are not
-            what ``obs_stats`` asks for.
-        ValueError: if the features of the two networks differ in shape, or statistics in shape from the observation, or
-            ``obs_clip`` is negative.
+        TypeError: if an observation is not a tensor of numbers, features are not floating-point, an apply function is
+            not callable, or statistics are not what ``obs_stats`` asks for.
+        ValueError: if the features of the two networks differ in shape, the observation does not end with the shape of
+            the statistics, or ``obs_clip`` is negative.
         KeyError: if statistics for one of several observations are missing.
 
     Example:
@@ -125,15 +125,7 @@ def rnd_error(
         >>> rnd_error(ones, zeros, torch.ones(3, 4), predictor=linear)
         tensor([16., 16., 16.])
     """
-    checks.knob("rnd_error", "obs_clip", obs_clip, 0.0)
-    observation = _prepare(batch, obs_stats, obs_clip)
-    target = predictor if target is None else target
-    prediction = checks.floating("rnd_error", "predictor(params, batch)", predictor(pred_params, observation))
-    constants = tree_map(_detach, (target_params, observation))
-    goal = checks.floating("rnd_error", "target(params, batch)", target(*constants)).detach()
-    checks.rank_at_least("rnd_error", "predictor(params, batch)", prediction, ("features",))
-    checks.same_shape("rnd_error", "target(params, batch)", goal, "the predictor's features", prediction.shape)
-    return (prediction - goal).square().mean(-1)
+    return _error("rnd_error", pred_params, target_params, batch, predictor, target, obs_stats, obs_clip)
 
 
 def rnd_loss(
@@ -164,7 +156,7 @@ def rnd_loss(
         target_params: of the target network, constants.
         batch: the observations, see :func:`rnd_error`; every leaf [B, *obs].
         key_mask: which samples count, see :func:`rnd_key_mask`: bool of the batch's leading shape weighs them, int64
-            rows [k] select them (a repeated row counts twice), None is all.
+            rows [k] select them (a repeated row counts twice, -1 is the last), None is all.
         predictor: ``(params, observations) -> features [B, K]``.
         target: likewise; None: the same apply function as the predictor.
         obs_stats: see :func:`rnd_error`.
@@ -188,15 +180,8 @@ def rnd_loss(
     """
     checks.option("rnd_loss", "reduction", reduction, ("mean", "sum", "none"))
     _check_key_mask(batch, key_mask)
-    error = rnd_error(
-        pred_params,
-        target_params,
-        _select(batch, key_mask),
-        predictor=predictor,
-        target=target,
-        obs_stats=obs_stats,
-        obs_clip=obs_clip,
-    )
+    selected = _select(batch, key_mask)
+    error = _error("rnd_loss", pred_params, target_params, selected, predictor, target, obs_stats, obs_clip)
     number: Tensor | int = max(error.numel(), 1)
     if key_mask is not None and key_mask.dtype == torch.bool:
         checks.same_shape("rnd_loss", "key_mask", key_mask, "the errors", error.shape)
@@ -207,7 +192,7 @@ def rnd_loss(
 
 
 def rnd_reward_stats_update(
-    error: Tensor, sums: DiscountedSum, stats: RunningMeanStd, *, discount: Scalar = 0.99
+    sums: DiscountedSum, stats: RunningMeanStd, error: Tensor, *, discount: Scalar = 0.99
 ) -> tuple[DiscountedSum, RunningMeanStd]:
     r"""Statistics of the discounted sums of the bonus, by which it is scaled.
 
@@ -220,25 +205,28 @@ def rnd_reward_stats_update(
     ``PpoAgent.update`` and ``RewardForwardFilter``.
 
     Args:
-        error: [..., T], the raw bonus of :func:`rnd_error`, time last.
         sums: one for each environment, [...].
         stats: of the sums, of shape ().
+        error: [..., T], the raw bonus of :func:`rnd_error`, time last.
         discount: gamma of the intrinsic reward, in [0, 1].
 
     Returns:
         ``(sums, stats)`` after these T steps.
 
     Raises:
-        TypeError: if ``error`` is not a tensor of numbers.
+        TypeError: if ``error`` is not a tensor of numbers, ``sums`` not a ``DiscountedSum`` or ``stats`` not a
+            ``RunningMeanStd``.
         ValueError: if the shapes do not fit, or ``discount`` is outside [0, 1].
 
     Example:
         >>> from rlloss.statistics import discounted_sum_init, running_mean_std_init
         >>> sums, stats = discounted_sum_init((1,)), running_mean_std_init(epsilon=0.0)
-        >>> sums, stats = rnd_reward_stats_update(torch.ones(1, 3), sums, stats, discount=1.0)
+        >>> sums, stats = rnd_reward_stats_update(sums, stats, torch.ones(1, 3), discount=1.0)
         >>> sums.value, stats.mean
         (tensor([3.]), tensor(2.))
     """
+    checks.state("rnd_reward_stats_update", "sums", sums, DiscountedSum)
+    checks.state("rnd_reward_stats_update", "stats", stats, RunningMeanStd)
     error = checks.real("rnd_reward_stats_update", "error", error).detach()
     checks.rank_at_least("rnd_reward_stats_update", "error", error, ("T",))
     checks.same_shape("rnd_reward_stats_update", "stats.mean", stats.mean, "a scalar's", ())
@@ -249,7 +237,7 @@ def rnd_reward_stats_update(
     return (sums, running_mean_std_update(stats, torch.stack(values, -1))) if values else (sums, stats)
 
 
-def rnd_reward(error: Tensor, stats: RunningMeanStd) -> Tensor:
+def rnd_reward(stats: RunningMeanStd, error: Tensor) -> Tensor:
     r"""Intrinsic reward: the bonus in units of the standard deviation of its discounted sum.
 
     .. math:: r = \frac{e}{\sqrt{\max(\sigma^2, 10^{-8})}}
@@ -260,44 +248,81 @@ def rnd_reward(error: Tensor, stats: RunningMeanStd) -> Tensor:
     ``PpoAgent.update``.
 
     Args:
-        error: any shape, the raw bonus of :func:`rnd_error`.
         stats: of shape (), from :func:`rnd_reward_stats_update`.
+        error: any shape, the raw bonus of :func:`rnd_error`.
 
     Returns:
         The shape of ``error``, detached.
 
     Raises:
-        TypeError: if ``error`` is not a tensor of numbers.
+        TypeError: if ``error`` is not a tensor of numbers or ``stats`` not a ``RunningMeanStd``.
         ValueError: if ``stats`` are not those of a scalar.
 
     Example:
         >>> from rlloss.statistics import running_mean_std_init
-        >>> rnd_reward(torch.tensor([1.0, 2.0]), running_mean_std_init())
+        >>> rnd_reward(running_mean_std_init(), torch.tensor([1.0, 2.0]))
         tensor([1., 2.])
     """
+    checks.state("rnd_reward", "stats", stats, RunningMeanStd)
     error = checks.real("rnd_reward", "error", error).detach()
     checks.same_shape("rnd_reward", "stats.var", stats.var, "a scalar's", ())
     return error / stats.var.detach().to(error.dtype).clamp_min(VARIANCE_FLOOR).sqrt()
 
 
-def _prepare(batch: Batch, stats: Any, clip: Scalar) -> Batch:
-    """Observations as floats, normalised where there are statistics."""
+def _error(
+    function: str,
+    pred_params: Params,
+    target_params: Params,
+    batch: Batch,
+    predictor: ApplyFn,
+    target: ApplyFn | None,
+    obs_stats: Any,
+    obs_clip: Scalar,
+) -> Tensor:
+    """:func:`rnd_error`, in the name of ``function``."""
+    checks.knob(function, "obs_clip", obs_clip, 0.0, math.inf)
+    target = predictor if target is None else target
+    for argument, apply in (("predictor", predictor), ("target", target)):
+        checks.function_of(function, argument, apply, "(params, observations) -> features")
+    observation = _prepare(function, "obs_stats", batch, obs_stats, obs_clip)
+    prediction = checks.floating(function, "predictor(params, batch)", predictor(pred_params, observation))
+    constants = tree_map(_detach, (target_params, observation))
+    goal = checks.floating(function, "target(params, batch)", target(*constants)).detach()
+    checks.rank_at_least(function, "predictor(params, batch)", prediction, ("features",))
+    checks.same_shape(function, "target(params, batch)", goal, "the predictor's features", prediction.shape)
+    return (prediction - goal).square().mean(-1)
+
+
+def _prepare(function: str, argument: str, batch: Batch, stats: Any, clip: Scalar) -> Batch:
+    """Observations as floats, normalised where there are statistics, which the caller knows as ``argument``."""
     if stats is None:
-        return tree_map(_as_float, batch)
+        return tree_map(lambda x: _as_float(function, x), batch)
     if isinstance(batch, Tensor):
-        if not isinstance(getattr(stats, "mean", None), Tensor) or not isinstance(getattr(stats, "var", None), Tensor):
-            wanted = "an object with tensors mean and var"
-            raise TypeError(checks.text("rnd_error", "obs_stats", wanted, type(stats).__name__))
-        return running_mean_std_normalize(stats, batch, clip)
+        x = checks.real(function, "batch", batch)
+        _check_stats(function, argument, x, stats)
+        return running_mean_std_normalize(stats, x, clip)
     if not hasattr(batch, "keys") or not hasattr(stats, "keys"):
         wanted, got = "a mapping like the observations", f"{type(stats).__name__} for a {type(batch).__name__}"
-        raise TypeError(checks.text("rnd_error", "obs_stats", wanted, got))
-    return {k: _prepare(batch[k], checks.take("rnd_error", "obs_stats", stats, k), clip) for k in batch.keys()}
+        raise TypeError(checks.text(function, argument, wanted, got))
+    return {
+        k: _prepare(function, f"{argument}[{k!r}]", batch[k], checks.take(function, argument, stats, k), clip)
+        for k in batch.keys()
+    }
 
 
-def _as_float(x: Tensor) -> Tensor:
+def _check_stats(function: str, argument: str, x: Tensor, stats: Any) -> None:
+    if not checks.has_tensors(stats, "mean", "var"):
+        wanted = "an object with tensors mean and var"
+        raise TypeError(checks.text(function, argument, wanted, checks.describe(stats)))
+    for name, moment in (("mean", stats.mean), ("var", stats.var)):
+        if tuple(moment.shape) != tuple(x.shape[max(0, x.ndim - moment.ndim) :]):
+            wanted = f"statistics of the last dimensions of observations {list(x.shape)}"
+            raise ValueError(checks.text(function, argument, wanted, f"{name} {checks.describe(moment)}"))
+
+
+def _as_float(function: str, x: Tensor) -> Tensor:
     is_image = isinstance(x, Tensor) and x.dtype == torch.uint8
-    x = checks.real("rnd_error", "batch", x)
+    x = checks.real(function, "batch", x)
     return x / 255 if is_image else x
 
 
@@ -335,7 +360,7 @@ def _select(batch: Batch, key_mask: Tensor | None) -> Batch:
     if key_mask is None:
         return batch
     if key_mask.dtype == torch.int64:
-        return tree_map(lambda x: torch.index_select(x, 0, key_mask), batch)
+        return tree_map(lambda x: torch.index_select(x, 0, _from_start(key_mask, x.shape[0])), batch)
     if key_mask.numel() == 0:
         return batch
     # The first sample that counts stands in for those that do not: networks that are finite on what counts are finite
@@ -353,4 +378,9 @@ def _select(batch: Batch, key_mask: Tensor | None) -> Batch:
 def _scatter(error: Tensor, rows: Tensor, size: int) -> Tensor:
     """[B]: each row's error in its place, zeros elsewhere."""
     checks.leading_shape("rnd_loss", "the errors", error, "key_mask", rows.shape)
-    return error.new_zeros(size, *error.shape[1:]).index_add(0, rows, error)
+    return error.new_zeros(size, *error.shape[1:]).index_add(0, _from_start(rows, size), error)
+
+
+def _from_start(rows: Tensor, size: int) -> Tensor:
+    """Rows counted from the end, which are negative, as rows counted from the start."""
+    return torch.where(rows < 0, rows + size, rows)

@@ -47,8 +47,8 @@ def running_mean_std_init(
         The state.
 
     Raises:
-        TypeError: if ``shape`` is not a sequence or ``dtype`` not a floating-point dtype.
-        ValueError: if ``epsilon`` is negative.
+        TypeError: if ``shape`` is not a tuple of ints or ``dtype`` not a floating-point dtype.
+        ValueError: if a size or ``epsilon`` is negative, or ``epsilon`` infinite.
 
     Example:
         >>> running_mean_std_init((2,)).var
@@ -56,7 +56,7 @@ def running_mean_std_init(
     """
     checks.within("running_mean_std_init", "epsilon", epsilon, 0.0)
     checks.floating_dtype("running_mean_std_init", dtype)
-    shape = _shape("running_mean_std_init", shape)
+    shape = checks.shape("running_mean_std_init", "shape", shape)
     mean, var = torch.zeros(shape, dtype=dtype, device=device), torch.ones(shape, dtype=dtype, device=device)
     return RunningMeanStd(mean, var, torch.full((), epsilon, dtype=torch.float64, device=device))
 
@@ -85,7 +85,7 @@ def running_mean_std_update(state: RunningMeanStd, x: Tensor, *, group: "Process
         The new state, with the dtypes of the old.
 
     Raises:
-        TypeError: if ``x`` is not a tensor of numbers.
+        TypeError: if ``x`` is not a tensor of numbers or ``state`` not a ``RunningMeanStd``.
         ValueError: if ``x`` does not end with the shape of the statistics.
 
     Example:
@@ -93,6 +93,7 @@ def running_mean_std_update(state: RunningMeanStd, x: Tensor, *, group: "Process
         >>> state.mean, state.var
         (tensor(2.), tensor(1.))
     """
+    checks.state("running_mean_std_update", "state", state, RunningMeanStd)
     x = checks.real("running_mean_std_update", "x", x)
     leading = _leading("running_mean_std_update", x, state.mean)
     x = x.to(checks.compute_dtype(x, state.mean)).reshape(math.prod(leading), *state.mean.shape).detach()
@@ -129,20 +130,23 @@ def running_mean_std_normalize(state: RunningMeanStd, x: Tensor, clip: Scalar | 
         The shape of ``x``, in the dtype of ``x`` (float32 at least).
 
     Raises:
-        TypeError: if ``x`` is not a tensor of numbers.
+        TypeError: if ``x`` is not a tensor of numbers, or ``state`` lacks mean or variance.
         ValueError: if ``x`` does not end with the shape of the statistics, or ``clip`` is negative.
 
     Example:
         >>> running_mean_std_normalize(running_mean_std_init((2,)), torch.tensor([0.5, 9.0]), clip=5.0)
         tensor([0.5000, 5.0000])
     """
+    if not checks.has_tensors(state, "mean", "var"):
+        wanted = "an object with tensors mean and var"
+        raise TypeError(checks.text("running_mean_std_normalize", "state", wanted, checks.describe(state)))
     x = checks.real("running_mean_std_normalize", "x", x)
     _leading("running_mean_std_normalize", x, state.mean)
     mean, var = state.mean.detach().to(x.dtype), state.var.detach().to(x.dtype)
     z = (x - mean) / var.clamp_min(VARIANCE_FLOOR).sqrt()
     if clip is None:
         return z
-    checks.knob("running_mean_std_normalize", "clip", clip, 0.0)
+    checks.knob("running_mean_std_normalize", "clip", clip, 0.0, math.inf)
     bound = checks.scalar_like(z, clip)
     return torch.minimum(torch.maximum(z, -bound), bound)
 
@@ -206,7 +210,7 @@ def return_range_update(
         The new state, with the dtype of the old.
 
     Raises:
-        TypeError: if ``returns`` is not a tensor of numbers.
+        TypeError: if ``returns`` is not a tensor of numbers, ``state`` not a ``ReturnRange`` or ``quantiles`` no pair.
         ValueError: if ``rate`` or a quantile is outside [0, 1], or ``quantiles`` are not two in ascending order.
 
     Example:
@@ -214,6 +218,7 @@ def return_range_update(
         >>> state
         ReturnRange(low=tensor(0.5000), high=tensor(9.5000))
     """
+    checks.state("return_range_update", "state", state, ReturnRange)
     returns = checks.real("return_range_update", "returns", returns).detach().reshape(-1)
     checks.knob("return_range_update", "rate", rate, 0.0, 1.0)
     _check_quantiles("return_range_update", quantiles)
@@ -227,7 +232,7 @@ def return_range_update(
         new = (1 - rate) * old.to(ordered.dtype) + rate * _sorted_quantile(ordered, quantile)
         return new.to(old.dtype)
 
-    low, high = move(state.low, quantiles[0]), move(state.high, quantiles[1])
+    low, high = move(state.low, float(quantiles[0])), move(state.high, float(quantiles[1]))
     finite = torch.isfinite(returns).all() & torch.isfinite(low) & torch.isfinite(high)
     return ReturnRange(torch.where(finite, low, state.low), torch.where(finite, high, state.high))
 
@@ -248,12 +253,14 @@ def return_range_scale(state: ReturnRange, *, minimum: Scalar = 1.0) -> Tensor:
         [], at least ``minimum``.
 
     Raises:
-        ValueError: if ``minimum`` is negative.
+        TypeError: if ``state`` is not a ``ReturnRange``.
+        ValueError: if ``minimum`` is negative or infinite.
 
     Example:
         >>> return_range_scale(return_range_init())
         tensor(1.)
     """
+    checks.state("return_range_scale", "state", state, ReturnRange)
     checks.knob("return_range_scale", "minimum", minimum, 0.0)
     span = state.high - state.low
     return torch.maximum(span, checks.scalar_like(span, minimum))
@@ -312,7 +319,7 @@ def mean_std_update(state: MeanStd, x: Tensor, *, rate: Scalar = 0.01, group: "P
         The new state, with the dtype of the old.
 
     Raises:
-        TypeError: if ``x`` is not a tensor of numbers.
+        TypeError: if ``x`` is not a tensor of numbers or ``state`` not a ``MeanStd``.
         ValueError: if ``rate`` is outside [0, 1].
 
     Example:
@@ -320,6 +327,7 @@ def mean_std_update(state: MeanStd, x: Tensor, *, rate: Scalar = 0.01, group: "P
         >>> state.mean, state.square, state.correction
         (tensor(1.), tensor(2.5000), tensor(0.5000))
     """
+    checks.state("mean_std_update", "state", state, MeanStd)
     x = checks.real("mean_std_update", "x", x).detach()
     checks.knob("mean_std_update", "rate", rate, 0.0, 1.0)
     x = x.to(checks.compute_dtype(x, state.mean))
@@ -349,16 +357,16 @@ def mean_std_read(state: MeanStd, *, debias: bool = True, minimum: Scalar = 1e-8
         ``(mean, std)``, [] each; before the first update 0 and ``minimum``.
 
     Raises:
-        TypeError: if ``debias`` is not True or False.
-        ValueError: if ``minimum`` is negative.
+        TypeError: if ``debias`` is not True or False or ``state`` not a ``MeanStd``.
+        ValueError: if ``minimum`` is negative or infinite.
 
     Example:
         >>> state = mean_std_update(mean_std_init(), torch.tensor([1.0, 3.0]))
         >>> mean_std_read(state)
         (tensor(2.), tensor(1.))
     """
-    if not isinstance(debias, bool):
-        raise TypeError(checks.text("mean_std_read", "debias", "True or False", checks.describe(debias)))
+    checks.state("mean_std_read", "state", state, MeanStd)
+    checks.flag("mean_std_read", "debias", debias)
     checks.knob("mean_std_read", "minimum", minimum, 0.0)
     mean, square, correction = (x.to(checks.compute_dtype(x)) for x in state)
     if debias:
@@ -390,14 +398,15 @@ def discounted_sum_init(
         The state.
 
     Raises:
-        TypeError: if ``shape`` is not a sequence or ``dtype`` not a floating-point dtype.
+        TypeError: if ``shape`` is not a tuple of ints or ``dtype`` not a floating-point dtype.
+        ValueError: if a size is negative.
 
     Example:
         >>> discounted_sum_init((2,))
         DiscountedSum(value=tensor([0., 0.]))
     """
     checks.floating_dtype("discounted_sum_init", dtype)
-    return DiscountedSum(torch.zeros(_shape("discounted_sum_init", shape), dtype=dtype, device=device))
+    return DiscountedSum(torch.zeros(checks.shape("discounted_sum_init", "shape", shape), dtype=dtype, device=device))
 
 
 def discounted_sum_update(state: DiscountedSum, reward: Tensor, *, discount: Scalar = 0.99) -> DiscountedSum:
@@ -420,7 +429,7 @@ def discounted_sum_update(state: DiscountedSum, reward: Tensor, *, discount: Sca
         The new state; ``value`` is the sum up to and with this step.
 
     Raises:
-        TypeError: if ``reward`` is not a tensor of numbers.
+        TypeError: if ``reward`` is not a tensor of numbers or ``state`` not a ``DiscountedSum``.
         ValueError: if ``reward`` has another shape than the sums, or ``discount`` is outside [0, 1].
 
     Example:
@@ -428,6 +437,7 @@ def discounted_sum_update(state: DiscountedSum, reward: Tensor, *, discount: Sca
         >>> discounted_sum_update(state, torch.tensor(1.0), discount=0.5).value
         tensor(1.5000)
     """
+    checks.state("discounted_sum_update", "state", state, DiscountedSum)
     reward = checks.real("discounted_sum_update", "reward", reward)
     checks.same_shape("discounted_sum_update", "reward", reward, "the sums", state.value.shape)
     checks.knob("discounted_sum_update", "discount", discount, 0.0, 1.0)
@@ -436,13 +446,9 @@ def discounted_sum_update(state: DiscountedSum, reward: Tensor, *, discount: Sca
     return DiscountedSum(torch.where(torch.isfinite(value), value, state.value))
 
 
-def _shape(function: str, shape: Sequence[int]) -> tuple[int, ...]:
-    if not isinstance(shape, Sequence):
-        raise TypeError(checks.text(function, "shape", "a sequence of ints such as (4,)", checks.describe(shape)))
-    return tuple(shape)
-
-
 def _check_quantiles(function: str, quantiles: Sequence[float]) -> None:
+    if not isinstance(quantiles, (tuple, list)):
+        raise TypeError(checks.text(function, "quantiles", "two numbers", checks.describe(quantiles)))
     if len(quantiles) != 2 or any(isinstance(quantile, Tensor) for quantile in quantiles):
         raise ValueError(checks.text(function, "quantiles", "two numbers", checks.describe(quantiles)))
     for quantile in quantiles:

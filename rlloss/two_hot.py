@@ -1,6 +1,7 @@
 r"""Regression as classification: a scalar as a distribution over fixed bins."""
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -39,15 +40,18 @@ def symexp_bins(
         [num_bins], strictly increasing, in the units of the value.
 
     Raises:
-        TypeError: if ``dtype`` is not a floating-point dtype.
+        TypeError: if ``num_bins`` is not an int, an end not a number, or ``dtype`` not a floating-point dtype.
         ValueError: if ``num_bins`` is below 2, ``low`` is not below ``high``, or a bin would be infinite in ``dtype``.
 
     Example:
         >>> symexp_bins(5)
         tensor([-4.8517e+08, -2.2025e+04,  0.0000e+00,  2.2025e+04,  4.8517e+08])
     """
-    if num_bins < 2:
-        raise ValueError(checks.text("symexp_bins", "num_bins", "at least 2", f"{num_bins}"))
+    num_bins = checks.integer("symexp_bins", "num_bins", num_bins, low=2)
+    for argument, end in (("low", low), ("high", high)):
+        if not isinstance(end, numbers.Real):
+            raise TypeError(checks.text("symexp_bins", argument, "a number", checks.describe(end)))
+        checks.within("symexp_bins", argument, end, -math.inf)
     if not low < high:
         raise ValueError(checks.text("symexp_bins", "low", f"below high={high}", f"{low}"))
     checks.floating_dtype("symexp_bins", dtype)

@@ -1,13 +1,16 @@
 """What the loss modules share: names of tensordict entries, and the way back to the pure function."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, ClassVar, TypeAlias
 
 from tensordict import TensorDictBase, is_tensor_collection
 from tensordict.nn import dispatch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from rlloss import checks
+from rlloss.types import Params
 
 #: A name in a TensorDict: ``"reward"``, or ``("next", "reward")`` for a nested one.
 NestedKey: TypeAlias = str | tuple[str, ...]
@@ -18,6 +21,61 @@ def is_key(key: object) -> bool:
     return isinstance(key, str) or (
         isinstance(key, tuple) and len(key) > 0 and all(isinstance(part, str) for part in key)
     )
+
+
+def check_network(function: str, argument: str, network: object) -> None:
+    """``network`` is a module, not its class nor a function, whose parameters nobody would find."""
+    if not isinstance(network, nn.Module):
+        guess = f"Did you mean {network.__name__}(...)?" if isinstance(network, type) else ""
+        raise TypeError(checks.text(function, argument, "an nn.Module", checks.describe(network), guess))
+
+
+def check_entries(function: str, keys: list[NestedKey], entries: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+    """A call without a TensorDict has tensors, and names that ``keys`` give, each entry once."""
+    names = ["_".join([key] if isinstance(key, str) else key) for key in keys]
+    if entries and not isinstance(entries[0], Tensor):
+        guess = "Did you mean TensorDict(...)?" if isinstance(entries[0], Mapping) else ""
+        wanted = f"a TensorDict, or the tensors {names}"
+        raise TypeError(checks.text(function, "the first argument", wanted, checks.describe(entries[0]), guess))
+    if len(entries) > len(names):
+        raise TypeError(checks.text(function, "the arguments", f"at most {names}", f"{len(entries)} tensors"))
+    for name in named:
+        if name not in names[len(entries) :]:
+            wanted, guess = f"one of {names[len(entries) :]}", checks.did_you_mean(name, names)
+            raise TypeError(checks.text(function, "each keyword", wanted, repr(name), guess))
+
+
+def next_key(key: NestedKey) -> NestedKey:
+    """The key under "next", where it is not there already."""
+    parts = (key,) if isinstance(key, str) else tuple(key)
+    return parts if parts[0] == "next" else ("next", *parts)
+
+
+def one_number(function: str, name: str, x: Tensor, steps: tuple[int, ...]) -> Tensor:
+    """[*steps] or [*steps, 1] as [*steps]."""
+    if tuple(x.shape) == (*steps, 1):
+        return x.squeeze(-1)
+    checks.same_shape(function, name, x, "the states", steps)
+    return x
+
+
+def by_name(params: Params) -> dict[str, Tensor]:
+    """Parameters as a flat dict, from that or a (nested) TensorDict."""
+    return dict(params.flatten_keys(".").items()) if is_tensor_collection(params) else dict(params)
+
+
+def refuse_other_shapes(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before anything is loaded into ``module``: what has another shape than its own is refused by name.
+
+    torch itself notices while it loads, when the entries before are already overwritten, and takes the first number of
+    a vector where a scalar is wanted.
+    """
+    own = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    for name, tensor in own:
+        saved = state_dict.get(f"{prefix}{name}")
+        if isinstance(saved, Tensor) and not is_lazy(tensor) and not is_lazy(saved):
+            function = f"{type(module).__name__}.load_state_dict"
+            checks.same_shape(function, repr(f"{prefix}{name}"), saved, "the module's own", tensor.shape)
 
 
 class LossModule(nn.Module):
@@ -37,6 +95,7 @@ class LossModule(nn.Module):
         super().__init__()
         self.tensor_keys = self.default_keys()
         self._in_keys: list[NestedKey] | None = None
+        self.register_load_state_dict_pre_hook(refuse_other_shapes)  # type: ignore[no-untyped-call]
 
     @property
     def in_keys(self) -> list[NestedKey]:
@@ -51,10 +110,19 @@ class LossModule(nn.Module):
         """The losses of a TensorDict, or of its entries in the order of ``in_keys`` or as keywords, joined by ``_``.
 
         Entries give the loss itself, or the tuple of losses in the order of ``out_keys``.
+
+        Raises:
+            TypeError: if the first argument is neither a TensorDict nor a tensor, or a keyword names no entry.
         """
+        name = type(self).__name__
         if is_tensor_collection(tensordict):
-            return self._of_tensordict(tensordict, *entries, **named)
-        return self._of_entries(*(() if tensordict is None else (tensordict, *entries)), **named)
+            if entries or named:
+                got = f"{len(entries) + len(named)} more"
+                raise TypeError(checks.text(name, "a TensorDict", "the only argument", got))
+            return self._of_tensordict(tensordict)
+        entries = () if tensordict is None else (tensordict, *entries)
+        check_entries(name, self.in_keys, entries, named)
+        return self._of_entries(*entries, **named)
 
     def set_keys(self, **keys: NestedKey | list[NestedKey] | None) -> None:
         """Rename entries; None restores the default.
@@ -106,5 +174,7 @@ class LossModule(nn.Module):
             there = sorted(map(str, tensordict.keys(True, True)))
             guess = f"{why} Another name is set by set_keys({name}=...).".strip()
             function = type(self).__name__
-            raise KeyError(checks.text(function, "tensordict", f"one with {key!r}", f"keys {there}", guess))
+            raise checks.MissingKeyError(
+                checks.text(function, "tensordict", f"one with {key!r}", f"keys {there}", guess)
+            )
         return value

@@ -1,4 +1,4 @@
-"""DreamerV3's optimiser as a ``torch.optim.Optimizer``: the update of ``rlloss.optim`` on the parameters of modules."""
+"""DreamerV3's optimiser as a ``torch.optim.Optimizer``, and its slow networks: ``rlloss.optim`` on modules."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rlloss import checks
 from rlloss.optim import LaPropState, laprop_init, laprop_update
+from rlloss.types import Scalar
 
 #: What is kept for each parameter, beside its number of steps.
 AVERAGES = ("square", "momentum")
@@ -117,6 +118,52 @@ class LaProp(torch.optim.Optimizer):
         for _, p, state in found:
             # The base class gives them the dtype of the parameter, which may be narrower.
             self.state[p].update({name: state[name].to(p.device, copy=True) for name in AVERAGES})
+
+
+class SoftUpdate:
+    r"""Moves the slow networks that a loss holds, once for each step of the optimiser.
+
+    .. math:: s' = (1 - \tau) \, s + \tau \, p
+
+    The function is :func:`rlloss.ema_update`. Unlike torchrl's it leaves the slow networks as they are when it is made,
+    so that those of a loaded checkpoint survive.
+
+    Source: Hafner et al. 2023 (arXiv:2301.04104), section "Critic learning"; name and arguments as torchrl 0.14.1
+    ``SoftUpdate``.
+
+    Args:
+        loss_module: a loss with ``update_target``, such as :class:`~rlloss_nn.dreamer_v3_value.DreamerV3ValueLoss`.
+        eps: 1 - tau; give one of the two.
+        tau: share of the parameters, in [0, 1]; the author's is 0.02.
+
+    Raises:
+        TypeError: if the loss has nothing to update.
+        ValueError: if not exactly one of ``eps`` and ``tau`` is given, or it is out of range.
+
+    Example:
+        >>> from rlloss_nn import DreamerV3ValueLoss
+        >>> from tensordict.nn import TensorDictModule
+        >>> critic = TensorDictModule(torch.nn.Linear(4, 1), in_keys=["state"], out_keys=["state_value"])
+        >>> updater = SoftUpdate(DreamerV3ValueLoss(critic, slow_critic_regularization=1.0), tau=0.02)
+        >>> updater.step()
+    """
+
+    def __init__(self, loss_module: Any, *, eps: Scalar | None = None, tau: Scalar | None = None) -> None:
+        if not callable(getattr(loss_module, "update_target", None)):
+            wanted = "a loss with update_target"
+            raise TypeError(checks.text("SoftUpdate", "loss_module", wanted, checks.describe(loss_module)))
+        if (eps is None) == (tau is None):
+            got = "neither" if eps is None else "both"
+            raise ValueError(checks.text("SoftUpdate", "one of eps and tau", "given", got))
+        for name, value in (("eps", eps), ("tau", tau)):
+            if value is not None:
+                checks.knob("SoftUpdate", name, value, 0.0, 1.0)
+        self.loss_module = loss_module
+        self.tau: Scalar = 1 - eps if tau is None else tau  # type: ignore[operator]
+
+    def step(self) -> None:
+        """Moves them once."""
+        self.loss_module.update_target(self.tau)
 
 
 def _knobs(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from rlloss.rnd import rnd_error, rnd_loss, rnd_reward, rnd_reward_stats_update,
 from rlloss.statistics import DiscountedSum
 from rlloss.types import ApplyFn
 from rlloss_nn.functional import functionalize
-from rlloss_nn.loss_module import LossModule, NestedKey, is_key
+from rlloss_nn.loss_module import LossModule, NestedKey, check_network, is_key
 from rlloss_nn.statistics import RunningMeanStd
 
 
@@ -43,8 +43,9 @@ class RNDLoss(LossModule):
     dimensions of the TensorDict's batch size count as samples; where it has none, the first of the observation does.
 
     Raises:
-        ValueError: if ``update_fraction`` is outside [0, 1], ``obs_clip`` is negative or ``reduction`` is unknown.
-        TypeError: if ``update_fraction`` is not a number.
+        ValueError: if ``update_fraction`` is outside [0, 1], ``obs_clip`` is negative, ``reduction`` is unknown or the
+            networks share a parameter.
+        TypeError: if ``update_fraction`` is not a number or a network no module.
         KeyError: at the call, if the observation is missing.
 
     Example:
@@ -78,10 +79,11 @@ class RNDLoss(LossModule):
             guess = "The number of rows cannot depend on the value of a tensor."
             raise TypeError(checks.text("RNDLoss", "update_fraction", "a number", "a tensor", guess))
         checks.within("RNDLoss", "update_fraction", update_fraction, 0.0, 1.0)
-        checks.within("RNDLoss", "obs_clip", obs_clip, 0.0)
+        checks.within("RNDLoss", "obs_clip", obs_clip, 0.0, math.inf)
         checks.option("RNDLoss", "reduction", reduction, ("mean", "sum", "none"))
+        _freeze_target("RNDLoss", predictor_network, target_network)
         self.predictor_network = predictor_network
-        self.target_network = target_network.requires_grad_(False).eval()
+        self.target_network = target_network
         self.obs_rms = obs_rms
         self.obs_clip = obs_clip
         self.reduction = reduction
@@ -108,7 +110,7 @@ class RNDLoss(LossModule):
             if not is_tensor_collection(batch):
                 return self._loss(pred_params, target_params, batch, key_mask, predictor, target)
             samples, leading = self._samples(batch)
-            if key_mask is not None and key_mask.dtype == torch.bool:
+            if isinstance(key_mask, Tensor) and key_mask.dtype == torch.bool:
                 checks.same_shape("RNDLoss", "key_mask", key_mask, "the batch", leading)
                 key_mask = key_mask.reshape(-1)
             loss = self._loss(pred_params, target_params, samples, key_mask, predictor, target)
@@ -190,8 +192,10 @@ class RNDReward(TensorDictModuleBase):  # type: ignore[misc]
     Share the observation statistics with the loss: ``RNDLoss(predictor, target, obs_rms=reward.obs_rms)``.
 
     Raises:
-        ValueError: if ``discount`` is outside [0, 1], ``obs_clip`` is negative, or ``in_keys`` or ``out_keys`` are not
-            a list of one key; at the call, if the observation does not fit ``env_shape`` and ``observation_shape``.
+        ValueError: if ``discount`` is outside [0, 1], ``obs_clip`` is negative, ``in_keys`` or ``out_keys`` are not
+            a list of one key, or the networks share a parameter; at the call, if the observation does not fit
+            ``env_shape`` and ``observation_shape``.
+        TypeError: if a network is no module, or a shape not a tuple of ints.
         KeyError: at the call, if the observation is missing.
 
     Example:
@@ -217,13 +221,16 @@ class RNDReward(TensorDictModuleBase):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         checks.within("RNDReward", "discount", discount, 0.0, 1.0)
-        checks.within("RNDReward", "obs_clip", obs_clip, 0.0)
+        checks.within("RNDReward", "obs_clip", obs_clip, 0.0, math.inf)
         self.in_keys, self.out_keys = _one_key("in_keys", in_keys), _one_key("out_keys", out_keys)
+        observation_shape = checks.shape("RNDReward", "observation_shape", observation_shape)
+        env_shape = checks.shape("RNDReward", "env_shape", env_shape)
+        _freeze_target("RNDReward", predictor_network, target_network)
         self.predictor_network = predictor_network
-        self.target_network = target_network.requires_grad_(False).eval()
+        self.target_network = target_network
         self.obs_rms = RunningMeanStd(observation_shape)
         self.reward_rms = RunningMeanStd(())
-        self.register_buffer("discounted_sum", torch.zeros(tuple(env_shape)))
+        self.register_buffer("discounted_sum", torch.zeros(env_shape))
         self.discount = discount
         self.obs_clip = obs_clip
 
@@ -240,16 +247,16 @@ class RNDReward(TensorDictModuleBase):  # type: ignore[misc]
         observation = tensordict.get(self.in_keys[0], None)
         if observation is None:
             there = f"keys {sorted(map(str, tensordict.keys(True, True)))}"
-            raise KeyError(checks.text("RNDReward", "tensordict", f"one with {self.in_keys[0]!r}", there))
+            raise checks.MissingKeyError(checks.text("RNDReward", "tensordict", f"one with {self.in_keys[0]!r}", there))
         steps = self._steps(observation)
         error = self._error(observation, steps)
         sums, stats = DiscountedSum(self.discounted_sum), self.reward_rms.state
         if self.training:
             envs = self.discounted_sum.shape
             sums, stats = rnd_reward_stats_update(
-                error.reshape(*envs, math.prod(steps[len(envs) :])), sums, stats, discount=self.discount
+                sums, stats, error.reshape(*envs, math.prod(steps[len(envs) :])), discount=self.discount
             )
-        tensordict.set(self.out_keys[0], rnd_reward(error, stats).unsqueeze(-1))
+        tensordict.set(self.out_keys[0], rnd_reward(stats, error).unsqueeze(-1))
         # Last, so that a call that fails leaves the statistics as they were.
         if self.training:
             self.obs_rms.update(observation)
@@ -277,6 +284,19 @@ class RNDReward(TensorDictModuleBase):  # type: ignore[misc]
             wanted = f"of shape {[*envs, *event]} or {[*envs, 'T', *event]}"
             raise ValueError(checks.text("RNDReward", "observation", wanted, checks.describe(observation)))
         return leading
+
+
+def _freeze_target(function: str, predictor: nn.Module, target: nn.Module) -> None:
+    """Make ``target`` constant; refused where that would stop the predictor from learning."""
+    check_network(function, "predictor_network", predictor)
+    check_network(function, "target_network", target)
+    trained = {id(parameter) for parameter in predictor.parameters()}
+    shared = [name for name, parameter in target.named_parameters() if id(parameter) in trained]
+    if shared:
+        wanted, got = "a network with parameters of its own", f"one that has the predictor's {shared[0]!r}"
+        guess = "Freezing it would freeze the predictor: make two networks."
+        raise ValueError(checks.text(function, "target_network", wanted, got, guess))
+    target.requires_grad_(False).eval()
 
 
 def _run(network: nn.Module) -> ApplyFn:

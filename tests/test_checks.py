@@ -1,6 +1,9 @@
 """Every sentence that a check can say, and that no check reads a value."""
 
+import math
 import re
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -29,6 +32,7 @@ def test_text():
         ("l3", "str 'l3'"),
         (0.5, "float 0.5"),
         (True, "bool True"),
+        (np.float32(0.5), f"float32 {np.float32(0.5)!r}"),
         ((1, 2), "tuple (1, 2)"),
         ([0.5], "list [0.5]"),
         (None, "NoneType"),
@@ -156,7 +160,7 @@ def test_option():
 
 @pytest.mark.parametrize("check", [checks.within, checks.knob])
 def test_numbers_in_a_range(check):
-    for value in (0, 1, 0.5, np.float64(0.5), torch.tensor(7.0)):
+    for value in (0, 1, 0.5, np.float64(0.5), np.float32(0.5), np.int64(1), torch.tensor(7.0)):
         check("f", "x", value, 0.0, 1.0)
     check("f", "x", 1e30, 0.0)
     for value in (-0.1, 1.1, float("nan"), float("inf")):
@@ -164,7 +168,15 @@ def test_numbers_in_a_range(check):
             check("f", "x", value, 0.0, 1.0)
     with says(ValueError, "f: x must be at least 0, got -2."):
         check("f", "x", -2, 0.0)
-    for value, words in [(True, "bool True"), ("1", "str '1'"), (None, "NoneType")]:
+    for value in (math.inf, np.float32(math.inf)):
+        with says(ValueError, f"f: x must be a finite number, got {value!r}."):
+            check("f", "x", value, 0.0)
+    check("f", "x", math.inf, 0.0, math.inf)
+    check("f", "x", -1e30, -math.inf)
+    for value in (-math.inf, math.nan):
+        with says(ValueError, f"f: x must be a finite number, got {value}."):
+            check("f", "x", value, -math.inf)
+    for value, words in [(True, "bool True"), ("1", "str '1'"), (None, "NoneType"), (np.ones(1), "ndarray")]:
         with says(TypeError, f"f: x must be a number or a 0-d tensor, got {words}."):
             check("f", "x", value, 0.0)
 
@@ -173,6 +185,61 @@ def test_a_knob_is_one_number():
     checks.within("f", "x", torch.zeros(3), 0.0)
     with says(ValueError, "f: x must be a number or a 0-d tensor, got float32 [3]."):
         checks.knob("f", "x", torch.zeros(3), 0.0)
+
+
+def test_integer():
+    assert checks.integer("f", "n", 3) == 3
+    assert type(checks.integer("f", "n", np.int64(3))) is int
+    assert checks.integer("f", "n", -3, low=-(2**63)) == -3
+    for x, words in [(True, "bool True"), (2.0, "float 2.0"), ("2", "str '2'"), (torch.tensor(2), "int64 []")]:
+        with says(TypeError, f"f: n must be an int, got {words}."):
+            checks.integer("f", "n", x)
+        with says(TypeError, f"f: n must be an int or more, got {words}."):
+            checks.integer("f", "n", x, wanted="an int or more")
+    with says(ValueError, "f: n must be at least 2, got 1."):
+        checks.integer("f", "n", 1, low=2)
+    with says(ValueError, "f: n must be in [0, 7], got 8."):
+        checks.integer("f", "n", 8, high=7)
+
+
+def test_shape():
+    assert checks.shape("f", "shape", [2, np.int64(3)]) == (2, 3)
+    assert checks.shape("f", "shape", torch.Size([])) == ()
+    with says(TypeError, "f: shape must be a tuple of ints, got int 2. Did you mean (2,)?"):
+        checks.shape("f", "shape", 2)
+    for x, words in [("ab", "str 'ab'"), ((2.0,), "tuple (2.0,)"), ((True,), "tuple (True,)"), (None, "NoneType")]:
+        with says(TypeError, f"f: shape must be a tuple of ints, got {words}."):
+            checks.shape("f", "shape", x)
+    with says(ValueError, "f: shape must be a tuple of sizes of at least 0, got list [2, -1]."):
+        checks.shape("f", "shape", [2, -1])
+
+
+def test_flag():
+    checks.flag("f", "exact", False)
+    with says(TypeError, "f: exact must be True or False, got int 0."):
+        checks.flag("f", "exact", 0)
+
+
+def test_function_of():
+    checks.function_of("f", "apply", len, "(x) -> y")
+    with says(TypeError, "f: apply must be a function (x) -> y, got NoneType."):
+        checks.function_of("f", "apply", None, "(x) -> y")
+
+
+def test_state():
+    class Pair(NamedTuple):
+        low: torch.Tensor
+        high: torch.Tensor
+
+    checks.state("f", "state", Pair(torch.ones(()), torch.ones(())), Pair)
+    checks.state("f", "state", SimpleNamespace(low=torch.ones(()), high=torch.ones(())), Pair)
+    for x, words in [
+        ((0.0, 1.0), "tuple (0.0, 1.0)"),
+        (None, "NoneType"),
+        (Pair(0.0, 1.0), "Pair Pair(low=0.0, high=1.0)"),
+    ]:
+        with says(TypeError, f"f: state must be a Pair of tensors low, high, got {words}."):
+            checks.state("f", "state", x, Pair)
 
 
 def test_floating_dtype():
@@ -206,6 +273,7 @@ def test_take_and_has(mapping):
         checks.take("f", "batch", batch, "rewards")
     sentence = "f: batch must be a mapping with 'rewards', got keys ['observation', 'reward']. Did you mean 'reward'?"
     assert raised.value.args == (sentence,)
+    assert str(raised.value) == sentence, "a plain KeyError shows a repr"
     with pytest.raises(KeyError, match=r"got keys \['observation', 'reward'\]\. Because\."):
         checks.take("f", "batch", batch, "x", "Because.")
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -1517,3 +1518,34 @@ def test_refusal_under_vmap_speaks_of_one_member():
     stacked = tree_map(lambda x: torch.stack([x, x]), outputs)
     with pytest.raises(ValueError, match=r"reward must be of shape \[3, 4\].*got float32 \[4, 3\]"):
         vmap(lambda outputs: loss_of_outputs(outputs, batch, num_reward_bins=BINS))(stacked)
+
+
+@pytest.mark.parametrize("reco_loss", ["l2", "l1"])
+def test_a_function_of_the_loss_may_cast_it(reco_loss):
+    params, direction, batch = parameters(1), parameters(2), make_batch()
+
+    def squared(params):
+        return model_loss(params, batch, reco_loss=reco_loss, lambda_kl=0.5).double().square()
+
+    curvature = jvp(grad(squared), (params,), (direction,))[1]
+    assert {x.dtype for x in curvature.values()} == {torch.float32}
+    assert all(x.isfinite().all() for x in curvature.values())
+
+
+def test_knobs_may_be_numpy_numbers_and_must_be_finite():
+    outputs, batch = make_outputs(dtype=torch.float32), make_batch()
+    knobs = {"lambda_kl": 0.5, "free_bits": 0.25, "kl_alpha": 0.75, "unimix": 0.125}
+    of_numpy = {name: np.float32(x) for name, x in knobs.items()}
+    losses = dreamer_v3_model_losses(outputs, batch, num_reward_bins=BINS, **of_numpy)
+    wanted = dreamer_v3_model_losses(outputs, batch, num_reward_bins=BINS, **knobs)
+    assert_close(losses, wanted, rtol=0, atol=0)
+    for name in ("lambda_kl", "lambda_dynamic", "free_bits"):
+        with pytest.raises(ValueError, match=rf"dreamer_v3_model_loss: {name} must be a finite number, got inf"):
+            dreamer_v3_model_losses(outputs, batch, **{name: math.inf})
+
+
+@pytest.mark.parametrize(("model", "got"), [(None, "NoneType"), ({}, "dict")])
+def test_a_world_model_is_a_function(model, got):
+    match = rf"dreamer_v3_model_loss: world_model must be a function \(params, batch\) -> outputs, got {got}"
+    with pytest.raises(TypeError, match=match):
+        dreamer_v3_model_loss(parameters(1), make_batch(), world_model=model)

@@ -16,6 +16,7 @@ from rlloss import (
     CategoricalPolicy,
     DreamerV3Agent,
     DreamerV3State,
+    EvaluatedPolicy,
     MeanStd,
     NormalPolicy,
     ReturnRange,
@@ -468,6 +469,51 @@ def test_losses_are_means_of_their_terms():
         assert all(x.shape == (BATCH, TIME - 1) for x in aux.values())
         assert not any(x.requires_grad for x in aux.values())
         assert_close(loss, aux["terms"].mean())
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_reductions_of_the_value_losses(empty):
+    params, slow = parameters(1), parameters(2)
+    calls = ((dreamer_v3_value_loss, make_batch()), (dreamer_v3_replay_value_loss, make_replay()))
+    for function, batch in calls:
+        batch = tree_map(lambda x: x[:0], batch) if empty else batch
+        losses = {r: function(params, slow, batch, critic=critic, reduction=r) for r in ("mean", "sum", "none")}
+        terms = losses["none"][1]["terms"]
+        assert torch.equal(losses["none"][0], terms)
+        assert_close(losses["sum"][0], terms.sum())
+        assert_close(losses["mean"][0], torch.tensor(0.0) if empty else terms.mean())
+        match = rf"{function.__name__}: reduction must be one of 'mean', 'sum', 'none', got 'max'"
+        with pytest.raises(ValueError, match=match):
+            function(params, slow, batch, critic=critic, reduction="max")
+
+
+def test_evaluated_policy_in_the_actor_loss():
+    """By either estimator the loss is that of the distribution it came from, gradients too."""
+    batch, params = make_batch(dtype=torch.float64, time=TIME + 1), randn(ACTION, 2, seed=1).requires_grad_()
+    action, advantage, weight = batch["action"]["turn"][:, :-1], batch["advantage"], batch["weight"].clone()
+    weight[0, 0] = 0.0
+
+    def normal():
+        return NormalPolicy(params[:, 0].expand_as(action), params[:, 1].exp().expand_as(action))
+
+    for estimator in ("score", "pathwise"):
+        results = []
+        for evaluate in (False, True):
+            policy = normal()
+            if evaluate:
+                policy = EvaluatedPolicy(policy_log_prob(policy, action), policy_entropy(policy))
+                # Where a step weighs nothing, what its distribution said leaves no trace.
+                policy = EvaluatedPolicy(policy.log_prob.masked_fill(weight == 0, float("nan")), policy.entropy)
+            terms = dreamer_v3_actor_terms(policy, action, advantage, weight, entropy=0.1, estimator=estimator)
+            results.append((terms.detach(), torch.autograd.grad(terms.sum(), params)[0]))
+        assert_close(results[1], results[0])
+    match = r"dreamer_v3_actor_terms: entropy of the policy must be of shape .* like the weight"
+    with pytest.raises(ValueError, match=match):
+        dreamer_v3_actor_terms(EvaluatedPolicy(weight, weight[0]), action, advantage, weight)
+    with pytest.raises(TypeError, match=r"log_prob of the policy must be a tensor, got NoneType"):
+        dreamer_v3_actor_terms(EvaluatedPolicy(None, weight), action, advantage, weight)
+    with pytest.raises(TypeError, match="policy must be a NormalPolicy, a CategoricalPolicy or a mapping"):
+        policy_sample(EvaluatedPolicy(weight, weight), weight)
 
 
 def test_replay_loss_is_the_value_loss_of_replayed_returns():

@@ -807,3 +807,9 @@ def test_warnings_do_not_come_from_current_models():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loss_of()(batch())
+
+
+@pytest.mark.parametrize(("world_model", "got"), [(None, "NoneType"), (nn.Linear, r"type\. Did you mean Linear\(")])
+def test_a_world_model_is_a_module(world_model, got):
+    with pytest.raises(TypeError, match=rf"DreamerV3ModelLoss: world_model must be an nn.Module, got {got}"):
+        DreamerV3ModelLoss(world_model)

@@ -193,3 +193,30 @@ def test_lazy_modules_are_refused_until_they_have_seen_data():
     module(x)
     apply, params = functionalize(module)
     assert torch.equal(apply(params, x), module(x))
+
+
+class Doubler(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        return self.scale * x
+
+    def plus(self, x, y):
+        return self.scale * x + y
+
+
+def test_another_method_under_the_same_names(variant):
+    apply, params = functionalize(Doubler(), method="plus")
+    assert list(params) == ["scale"]
+    result = variant(apply)({"scale": torch.tensor(3.0)}, torch.tensor([1.0]), torch.tensor([5.0]))
+    assert result.tolist() == [8.0]
+
+
+@pytest.mark.parametrize("method", ["minus", "training"])
+def test_what_is_no_method_is_refused(method):
+    with pytest.raises(
+        ValueError, match=f"functionalize: method must be the name of a method of Doubler, got '{method}'"
+    ):
+        functionalize(Doubler(), method=method)

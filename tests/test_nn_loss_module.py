@@ -91,16 +91,38 @@ def test_calls_with_a_tensordict_with_positions_and_with_keywords_agree():
     assert loss(one, zero) == 1
     assert loss(one, next_target=zero) == 1
     assert loss(prediction=one, next_target=zero) == 1
-    with pytest.raises(TypeError, match="positional argument"):
-        loss(td, zero)
-    with pytest.raises(TypeError, match="nonsense"):
-        loss(prediction=one, next_target=zero, nonsense=one)
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda loss: loss(batch(), torch.ones(3)), "a TensorDict must be the only argument, got 1 more"),
+        (lambda loss: loss(batch(), target=torch.ones(3)), "a TensorDict must be the only argument, got 1 more"),
+        (lambda loss: loss(3), r"the first argument must be a TensorDict, or the tensors \['prediction', .*got int 3"),
+        (lambda loss: loss({"prediction": 1}), r"the first argument .* got dict\. Did you mean TensorDict\(\.\.\.\)\?"),
+        (
+            lambda loss: loss(next_targe=torch.ones(3)),
+            r"each keyword must be one of \['prediction', 'next_target'\], got 'next_targe'\. .*'next_target'\?",
+        ),
+        (
+            lambda loss: loss(torch.ones(3), prediction=torch.ones(3)),
+            r"each keyword must be one of \['next_target'\], got 'prediction'",
+        ),
+        (
+            lambda loss: loss(torch.ones(3), torch.ones(3), torch.ones(3)),
+            r"the arguments must be at most \['prediction', 'next_target'\], got 3 tensors",
+        ),
+    ],
+)
+def test_calls_that_name_no_entry_are_refused(call, match):
+    with pytest.raises(TypeError, match=rf"^Squared: {match}"):
+        call(Squared())
 
 
 def test_a_missing_entry_says_what_is_there_and_how_to_rename():
     td = batch().exclude(("next", "target"))
     match = (
-        r"Squared: tensordict must be one with \(.*next.*target.*\), got keys \['prediction'\]. "
+        r"^Squared: tensordict must be one with \('next', 'target'\), got keys \['prediction'\]. "
         r"It is what the prediction is compared with. Another name is set by set_keys\(target=...\)."
     )
     with pytest.raises(KeyError, match=match):

@@ -347,7 +347,7 @@ def test_errors_at_the_call():
         loss(TensorDict({"observation": torch.randn(3, OBS)}, [3]))
     with pytest.raises(TypeError, match="a tensor of numbers, got bool"):
         loss(next_observation=torch.ones(3, OBS, dtype=torch.bool))
-    with pytest.raises(ValueError, match="like the statistics"):
+    with pytest.raises(ValueError, match=r"rnd_loss: obs_stats must be statistics of .*, got mean float32 \[3\]"):
         RNDLoss(*networks(), obs_rms=stats(3))(batch(5))
     with pytest.raises(TypeError, match="obs_stats must be an object with tensors mean and var, got str"):
         RNDLoss(*networks(), obs_rms="mean")(batch(5))
@@ -355,6 +355,33 @@ def test_errors_at_the_call():
         RNDLoss(Spy(), nn.Linear(OBS, FEATURES + 1))(batch(5))
     with pytest.raises(ValueError, match="each name must be one of"):
         loss.set_keys(obs="x")
+
+
+def make_reward(*pair):
+    return RNDReward(*pair, observation_shape=(OBS,))
+
+
+@pytest.mark.parametrize("make", [RNDLoss, make_reward])
+def test_refuses_networks_that_are_none_or_share_parameters(make):
+    predictor, target = networks()
+    for pair in [(predictor, predictor), (nn.Sequential(target.layers[0], nn.ReLU()), target)]:
+        with pytest.raises(
+            ValueError, match=r"target_network must be a network with parameters of its own, got one that"
+        ):
+            make(*pair)
+    with pytest.raises(TypeError, match=r"predictor_network must be an nn.Module, got function"):
+        make(lambda x: x, target)
+    with pytest.raises(
+        TypeError, match=r"target_network must be an nn.Module, got type\. Did you mean Linear\(\.\.\.\)\?"
+    ):
+        make(predictor, nn.Linear)
+    assert all(p.requires_grad for p in [*predictor.parameters(), *target.parameters()])
+
+
+def test_networks_are_held_in_the_order_of_the_arguments():
+    pair = networks()
+    for module in (RNDLoss(*pair), make_reward(*pair)):
+        assert [name for name, _ in module.named_children()][:2] == ["predictor_network", "target_network"]
 
 
 # Frozen target
@@ -565,6 +592,8 @@ def test_functional_counts_through_all_batch_dimensions():
         loss_fn(*params, td, (value > 0).T)
     with pytest.raises(TypeError, match="key_mask must be bool"):
         loss_fn(*params, td, torch.ones(2, 3))
+    with pytest.raises(TypeError, match="key_mask must be a tensor, got list"):
+        loss_fn(*params, td, [0, 1])
 
 
 def test_functional_reads_what_set_keys_says():
@@ -856,8 +885,14 @@ def test_reward_refuses():
         filled_reward(discount=1.1)
     with pytest.raises(ValueError, match=r"RNDReward: obs_clip must be at least 0"):
         filled_reward(obs_clip=-1.0)
-    with pytest.raises(TypeError, match=r"shape must be a sequence of ints"):
-        RNDReward(*networks(), observation_shape=4)
+    predictor, target = networks()
+    with pytest.raises(
+        TypeError, match=r"RNDReward: observation_shape must be a tuple of ints, got int 4\. .*\(4,\)\?"
+    ):
+        RNDReward(predictor, target, observation_shape=4)
+    with pytest.raises(TypeError, match=r"RNDReward: env_shape must be a tuple of ints, got int 2\. .*\(2,\)\?"):
+        RNDReward(predictor, target, observation_shape=(4,), env_shape=2)
+    assert all(p.requires_grad for p in target.parameters()), "a refused call leaves the target as it was"
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_non_finite_entries_leave_the_others_their_way():
 
 
 def test_constructor_refuses():
-    with pytest.raises(TypeError, match="shape must be a sequence of ints"):
+    with pytest.raises(TypeError, match="shape must be a tuple of ints"):
         RunningMeanStd(4)
     with pytest.raises(ValueError, match="epsilon must be at least 0"):
         RunningMeanStd((4,), -1.0)
@@ -127,8 +127,23 @@ def test_state_dict_round_trip():
     other.load_state_dict(state)
     assert all(torch.equal(a, b) for a, b in zip(rms.state, other.state, strict=True))
     assert other.count.dtype == torch.float64
-    with pytest.raises(RuntimeError, match="size mismatch for mean"):
-        RunningMeanStd((3,)).load_state_dict(state)
+
+
+def test_state_dict_of_another_shape_is_refused_and_nothing_overwritten():
+    state, other = filled().state_dict(), RunningMeanStd((3,))
+    other.update(torch.randn(5, 3))
+    before = {name: x.clone() for name, x in other.state_dict().items()}
+    match = r"RunningMeanStd.load_state_dict: 'mean' must be of shape \[3\] like the module's own, got float32 \[4\]"
+    with pytest.raises(ValueError, match=match):
+        other.load_state_dict(state)
+    assert all(torch.equal(x, before[name]) for name, x in other.state_dict().items())
+    # torch alone would take the first number of a vector.
+    with pytest.raises(ValueError, match=r"'count' must be of shape \[\] like the module's own, got float64 \[2\]"):
+        other.load_state_dict({**before, "count": torch.ones(2, dtype=torch.float64)})
+    parent = torch.nn.ModuleDict({"rms": other})
+    with pytest.raises(ValueError, match=r"'rms.mean' must be of shape \[3\]"):
+        parent.load_state_dict({f"rms.{name}": x for name, x in state.items()})
+    assert all(torch.equal(x, before[name]) for name, x in other.state_dict().items())
 
 
 def test_copies_are_independent():

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 import rlloss
 from rlloss import (
     CategoricalPolicy,
+    EvaluatedPolicy,
     NormalPolicy,
     bounded_normal,
     categorical_policy,
@@ -270,6 +271,32 @@ def test_samples_of_numbers_are_differentiable_and_choices_are_constants():
     assert torch.equal(gradients["logits"], torch.zeros_like(raw["logits"]))
     assert (gradients["mean"] != 0).all()
     assert (gradients["stddev"] != 0).all()
+
+
+def test_evaluated_policy_is_what_its_evaluation_was(variant):
+    """A family of its own, here a normal one, enters losses by its numbers and their gradients."""
+    mean, stddev, action = randn(2, 3, 4), randn(2, 3, 4, seed=1).exp(), randn(2, 3, 4, seed=2)
+
+    def evaluated(mean, stddev, action):
+        normal = NormalPolicy(mean, stddev)
+        policy = EvaluatedPolicy(policy_log_prob(normal, action), policy_entropy(normal))
+        return policy_log_prob({"turn": policy, "push": policy}, {"turn": action, "push": action}) + policy_entropy(
+            policy
+        )
+
+    def plain(mean, stddev, action):
+        return 2 * policy_log_prob(NormalPolicy(mean, stddev), action) + policy_entropy(NormalPolicy(mean, stddev))
+
+    def gradients(function):
+        return lambda *x: grad_and_value(lambda *x: function(*x).square().sum(), argnums=(0, 1, 2))(*x)
+
+    assert_close(variant(gradients(evaluated))(mean, stddev, action), gradients(plain)(mean, stddev, action))
+
+
+def test_evaluated_policy_is_computed_in_float32():
+    policy = EvaluatedPolicy(torch.ones(2, dtype=torch.bfloat16), torch.ones(2, dtype=torch.float64))
+    assert policy_log_prob(policy, None).dtype == torch.float32
+    assert policy_entropy(policy).dtype == torch.float64
 
 
 def test_noise_of_zeros_is_the_most_likely_action():

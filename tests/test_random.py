@@ -4,6 +4,7 @@ import math
 from contextlib import ExitStack
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -597,3 +598,15 @@ KEY = random.key(0)
 def test_bad_input_is_refused(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+def test_numpy_numbers_count_as_numbers():
+    assert torch.equal(random.key(np.int64(-3)), random.key(-3))
+    key = random.key(np.uint8(3))
+    assert torch.equal(random.fold_in(key, np.uint32(7)), random.fold_in(key, 7))
+    assert torch.equal(random.split(key, np.int32(3)), random.split(key, 3))
+    assert torch.equal(random.bits(key, (np.int64(3),)), random.bits(key, (3,)))
+    assert torch.equal(random.permutation(key, np.int64(5)), random.permutation(key, 5))
+    assert torch.equal(random.uniform(key, (3,), np.float32(-1), np.float32(1)), random.uniform(key, (3,), -1.0, 1.0))
+    with pytest.raises(TypeError, match=r"key: seed must be an int, got float64 np\.float64\(3\.0\)"):
+        random.key(np.float64(3))

@@ -109,12 +109,12 @@ def test_authors_reward_scale_over_rollouts(golden, case, dtype):
     stats = running_mean_std_init((), dtype=dtype)
     rtol = TOLERANCE[dtype]
     for rollout, bonus in enumerate(data[f"{case}.in.rews_int"].to(dtype)):
-        sums, stats = rnd_reward_stats_update(bonus, sums, stats, discount=config["gamma"])
+        sums, stats = rnd_reward_stats_update(sums, stats, bonus, discount=config["gamma"])
         assert_close(sums.value.double(), data[f"{case}.out.rewems"][rollout], rtol=rtol, atol=0)
         assert_close(stats.mean.double(), data[f"{case}.out.rms_mean"][rollout], rtol=rtol, atol=0)
         assert_close(stats.var.double(), data[f"{case}.out.rms_var"][rollout], rtol=rtol, atol=0)
         assert_close(stats.count, data[f"{case}.out.rms_count"][rollout], rtol=1e-6, atol=0)
-        reward = rnd_reward(bonus, stats)
+        reward = rnd_reward(stats, bonus)
         assert reward.dtype == dtype
         assert_close(reward.double(), data[f"{case}.out.rews_int_normed"][rollout], rtol=rtol, atol=0)
 
@@ -302,6 +302,36 @@ def test_jvp_in_every_variant(variant):
     assert_close(variant(compute)(*args), compute(*args))
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_negative_rows_count_from_the_end(variant, reduction):
+    pred, target, obs = parameters(1), parameters(2), observations(BATCH, OBS)
+
+    def compute(pred, rows):
+        return grad_and_value(
+            lambda pred: rnd_loss(pred, target, obs, rows, predictor=network, reduction=reduction).sum()
+        )(pred)
+
+    negative = torch.tensor([-1, 0, -BATCH, 2, -3])
+    assert_close(variant(compute)(pred, negative), compute(pred, negative % BATCH), rtol=1e-6, atol=1e-7)
+
+
+def test_error_speaks_in_its_own_name():
+    target, obs = parameters(2), observations(BATCH, OBS)
+    with pytest.raises(ValueError, match=r"^rnd_error: obs_stats must be statistics of the last dimensions of"):
+        rnd_error(target, target, obs, predictor=network, obs_stats=running_mean_std_init((3,)))
+    with pytest.raises(TypeError, match=r"^rnd_error: predictor must be a function .*, got NoneType"):
+        rnd_error(target, target, obs, predictor=None)
+
+
+def test_clip_may_be_infinite():
+    target, obs = parameters(2), observations(BATCH, OBS)
+    losses = [
+        rnd_loss(parameters(1), target, obs, predictor=network, obs_stats=statistics(), obs_clip=clip)
+        for clip in (INF, 1e30)
+    ]
+    assert torch.equal(*losses)
+
+
 def test_key_mask_in_every_variant(variant):
     def compute(key):
         return rnd_key_mask(key, 8, 0.3), rnd_key_mask(key, 8, 0.3, exact=False)
@@ -313,8 +343,8 @@ def test_key_mask_in_every_variant(variant):
 
 def test_reward_scale_in_every_variant(variant):
     def compute(error, sums, stats):
-        sums, stats = rnd_reward_stats_update(error, sums, stats, discount=0.9)
-        return sums, stats, rnd_reward(error, stats)
+        sums, stats = rnd_reward_stats_update(sums, stats, error, discount=0.9)
+        return sums, stats, rnd_reward(stats, error)
 
     args = (observations(2, 5).abs(), discounted_sum_init((2,)), running_mean_std_init())
     assert_close(variant(compute)(*args), compute(*args))
@@ -518,8 +548,8 @@ def test_equal_networks_have_no_loss_and_no_gradient():
 
 def test_intrinsic_reward_is_a_constant():
     error = observations(2, 3).abs().requires_grad_()
-    sums, stats = rnd_reward_stats_update(error, discounted_sum_init((2,)), running_mean_std_init())
-    assert not any(x.requires_grad for x in (*sums, *stats, rnd_reward(error, stats)))
+    sums, stats = rnd_reward_stats_update(discounted_sum_init((2,)), running_mean_std_init(), error)
+    assert not any(x.requires_grad for x in (*sums, *stats, rnd_reward(stats, error)))
 
 
 # ---- samples that do not count ---------------------------------------------------------------------------------------
@@ -957,8 +987,8 @@ def test_half_features_do_not_overflow():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64])
 def test_reward_is_float32_at_least(dtype):
     error = torch.tensor([[1, 2, 3]]).to(dtype)
-    sums, stats = rnd_reward_stats_update(error, discounted_sum_init((1,)), running_mean_std_init())
-    assert rnd_reward(error, stats).dtype == sums.value.dtype == stats.var.dtype == torch.float32
+    sums, stats = rnd_reward_stats_update(discounted_sum_init((1,)), running_mean_std_init(), error)
+    assert rnd_reward(stats, error).dtype == sums.value.dtype == stats.var.dtype == torch.float32
     assert_close(sums.value, torch.tensor([3 + 2 * 0.99 + 0.99**2]))
 
 
@@ -979,7 +1009,7 @@ def test_sums_run_forward_in_time_for_each_environment(discount):
     bonus = observations(2, 5, dtype=torch.float64).abs()
     start = DiscountedSum(torch.tensor([0.5, 2.0], dtype=torch.float64))
     empty = running_mean_std_init((), epsilon=0.0, dtype=torch.float64)
-    sums, stats = rnd_reward_stats_update(bonus, start, empty, discount=discount)
+    sums, stats = rnd_reward_stats_update(start, empty, bonus, discount=discount)
     values, filtered = forward_filter(bonus.tolist(), start.value.tolist(), discount)
     everything = torch.tensor(filtered, dtype=torch.float64)
     assert_close(sums.value, torch.tensor(values, dtype=torch.float64))
@@ -993,30 +1023,30 @@ def test_sums_run_forward_in_time_for_each_environment(discount):
 def test_two_calls_are_one_longer_call():
     bonus = observations(3, 7, dtype=torch.float64).abs()
     start = discounted_sum_init((3,), dtype=torch.float64), running_mean_std_init((), dtype=torch.float64)
-    once = rnd_reward_stats_update(bonus, *start)
-    twice = rnd_reward_stats_update(bonus[:, 3:], *rnd_reward_stats_update(bonus[:, :3], *start))
+    once = rnd_reward_stats_update(*start, bonus)
+    twice = rnd_reward_stats_update(*rnd_reward_stats_update(*start, bonus[:, :3]), bonus[:, 3:])
     assert_close(twice, once)
 
 
 def test_order_of_environments_does_not_matter():
     bonus, start = observations(4, 3).abs(), (discounted_sum_init((4,)), running_mean_std_init())
     order = torch.tensor([2, 0, 3, 1])
-    sums, stats = rnd_reward_stats_update(bonus, *start)
-    other_sums, other_stats = rnd_reward_stats_update(bonus[order], *start)
+    sums, stats = rnd_reward_stats_update(*start, bonus)
+    other_sums, other_stats = rnd_reward_stats_update(*start, bonus[order])
     assert torch.equal(other_sums.value, sums.value[order])
     assert_close(other_stats, stats)
 
 
 def test_environments_may_have_any_shape_and_time_no_length():
     bonus = observations(2, 3, 4).abs()
-    sums, stats = rnd_reward_stats_update(bonus, discounted_sum_init((2, 3)), running_mean_std_init())
-    flat, flat_stats = rnd_reward_stats_update(bonus.flatten(0, 1), discounted_sum_init((6,)), running_mean_std_init())
+    sums, stats = rnd_reward_stats_update(discounted_sum_init((2, 3)), running_mean_std_init(), bonus)
+    flat, flat_stats = rnd_reward_stats_update(discounted_sum_init((6,)), running_mean_std_init(), bonus.flatten(0, 1))
     assert_close((sums.value.flatten(), stats), (flat.value, flat_stats))
-    one, _ = rnd_reward_stats_update(bonus[0, 0], discounted_sum_init(()), running_mean_std_init())
+    one, _ = rnd_reward_stats_update(discounted_sum_init(()), running_mean_std_init(), bonus[0, 0])
     assert_close(one.value, sums.value[0, 0])
-    unchanged = rnd_reward_stats_update(bonus[..., :0], sums, stats)
+    unchanged = rnd_reward_stats_update(sums, stats, bonus[..., :0])
     assert_close(unchanged, (sums, stats), rtol=0, atol=0)
-    nobody = rnd_reward_stats_update(torch.zeros(0, 4), discounted_sum_init((0,)), stats)
+    nobody = rnd_reward_stats_update(discounted_sum_init((0,)), stats, torch.zeros(0, 4))
     assert_close(nobody[1], stats, rtol=0, atol=0)
 
 
@@ -1024,22 +1054,22 @@ def test_environments_may_have_any_shape_and_time_no_length():
 def test_bonus_that_is_not_finite_does_not_stay(bad):
     bonus = observations(2, 4).abs()
     bonus[0, 1] = bad
-    sums, stats = rnd_reward_stats_update(bonus, discounted_sum_init((2,)), running_mean_std_init())
+    sums, stats = rnd_reward_stats_update(discounted_sum_init((2,)), running_mean_std_init(), bonus)
     assert all(x.isfinite().all() for x in (*sums, *stats))
     without = torch.stack([bonus[0, [0, 2, 3]]])
-    assert_close(sums.value[:1], rnd_reward_stats_update(without, discounted_sum_init((1,)), stats)[0].value)
+    assert_close(sums.value[:1], rnd_reward_stats_update(discounted_sum_init((1,)), stats, without)[0].value)
 
 
 def test_reward_is_the_bonus_over_the_deviation_of_its_sum():
     stats = RunningMeanStd(torch.tensor(100.0), torch.tensor(4.0), torch.tensor(10.0))
     assert torch.equal(
-        rnd_reward(torch.tensor([[0.0, 1.0], [6.0, 2.0]]), stats), torch.tensor([[0.0, 0.5], [3.0, 1.0]])
+        rnd_reward(stats, torch.tensor([[0.0, 1.0], [6.0, 2.0]])), torch.tensor([[0.0, 0.5], [3.0, 1.0]])
     )
 
 
 def test_reward_is_finite_where_nothing_varies():
     stats = RunningMeanStd(torch.tensor(0.0), torch.tensor(0.0), torch.tensor(10.0))
-    assert_close(rnd_reward(torch.tensor(1e-3), stats), torch.tensor(10.0))
+    assert_close(rnd_reward(stats, torch.tensor(1e-3)), torch.tensor(10.0))
 
 
 @given(scale=st.floats(1e-3, 1e3), seed=seeds)
@@ -1048,8 +1078,8 @@ def test_scale_of_the_features_cancels(scale, seed):
 
     def reward(bonus):
         start = running_mean_std_init((), epsilon=0.0, dtype=torch.float64)
-        _, stats = rnd_reward_stats_update(bonus, discounted_sum_init((3,), dtype=torch.float64), start)
-        return rnd_reward(bonus, stats)
+        _, stats = rnd_reward_stats_update(discounted_sum_init((3,), dtype=torch.float64), start, bonus)
+        return rnd_reward(stats, bonus)
 
     assert_close(reward(scale * bonus), reward(bonus))
     assert (reward(bonus) >= 0).all()
@@ -1061,7 +1091,7 @@ def test_asking_for_the_reward_twice_gives_the_same():
     stats, scale = statistics(), running_mean_std_init()
 
     def reward():
-        return rnd_reward(rnd_error(pred, target, obs, predictor=network, obs_stats=stats), scale)
+        return rnd_reward(scale, rnd_error(pred, target, obs, predictor=network, obs_stats=stats))
 
     assert torch.equal(reward(), reward())
 
@@ -1113,8 +1143,8 @@ def test_arguments_and_generator_stay_as_they_are():
                 loss = rnd_loss(pred, target, obs, key_mask, predictor=network, obs_stats=stats, reduction=reduction)
                 results.append(loss)
         results += [rnd_key_mask(key, BATCH), rnd_key_mask(key, BATCH, exact=False)]
-        sums, scale = rnd_reward_stats_update(bonus, sums, scale)
-        return [*results, *sums, *scale, rnd_reward(bonus, scale)]
+        sums, scale = rnd_reward_stats_update(sums, scale, bonus)
+        return [*results, *sums, *scale, rnd_reward(scale, bonus)]
 
     assert_close(run(), run(), rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), generator)
@@ -1194,14 +1224,14 @@ TWO = {"a": observations(BATCH, 2), "b": observations(BATCH, 2)}
         (
             {"batch": torch.ones(6, 4, dtype=torch.bool)},
             TypeError,
-            r"rnd_error: batch must be a tensor of numbers, got bool \[6, 4\]",
+            r"rnd_loss: batch must be a tensor of numbers, got bool \[6, 4\]",
         ),
         (
             {"batch": torch.ones(6, 4, dtype=torch.bool), "key_mask": MASK},
             TypeError,
-            r"rnd_error: batch must be a tensor of numbers, got bool \[6, 4\]",
+            r"rnd_loss: batch must be a tensor of numbers, got bool \[6, 4\]",
         ),
-        ({"batch": "obs"}, TypeError, r"rnd_error: batch must be a tensor, got str 'obs'"),
+        ({"batch": "obs"}, TypeError, r"rnd_loss: batch must be a tensor, got str 'obs'"),
         (
             {"predictor": lambda p, x: x.long()},
             TypeError,
@@ -1223,18 +1253,18 @@ TWO = {"a": observations(BATCH, 2), "b": observations(BATCH, 2)}
             ValueError,
             r"target\(params, batch\) must be of shape \[6, 3\] like the predictor's features, got float32 \[6, 4\]",
         ),
-        ({"obs_clip": -1.0}, ValueError, r"rnd_error: obs_clip must be at least 0, got -1\.0"),
+        ({"obs_clip": -1.0}, ValueError, r"rnd_loss: obs_clip must be at least 0, got -1\.0"),
         ({"obs_clip": torch.ones(4)}, ValueError, r"obs_clip must be a number or a 0-d tensor, got float32 \[4\]"),
-        ({"obs_clip": "5"}, TypeError, r"rnd_error: obs_clip must be a number or a 0-d tensor, got str '5'"),
+        ({"obs_clip": "5"}, TypeError, r"rnd_loss: obs_clip must be a number or a 0-d tensor, got str '5'"),
         (
             {"obs_stats": running_mean_std_init((3,))},
             ValueError,
-            r"must be of shape \[\.\.\., 3\] like the statistics, got float32 \[6, 4\]",
+            r"rnd_loss: obs_stats must be statistics of the last .* observations \[6, 4\], got mean float32 \[3\]",
         ),
         (
             {"obs_stats": {"mean": 0}},
             TypeError,
-            r"rnd_error: obs_stats must be an object with tensors mean and var, got dict",
+            r"rnd_loss: obs_stats must be an object with tensors mean and var, got dict",
         ),
         ({"obs_stats": SimpleNamespace(mean=0.0, var=1.0)}, TypeError, r"tensors mean and var, got SimpleNamespace"),
         (
@@ -1247,6 +1277,38 @@ TWO = {"a": observations(BATCH, 2), "b": observations(BATCH, 2)}
             TypeError,
             r"obs_stats must be a mapping like the observations, got RunningMeanStd for a tuple",
         ),
+        (
+            {"obs_stats": running_mean_std_init((3,)), "key_mask": ROWS},
+            ValueError,
+            r"rnd_loss: obs_stats must be statistics of the last .* observations \[\d, 4\], got mean float32",
+        ),
+        (
+            {"obs_stats": SimpleNamespace(mean=torch.zeros(4), var=torch.ones(4, 1))},
+            ValueError,
+            r"rnd_loss: obs_stats must be statistics of .*, got var float32 \[4, 1\]",
+        ),
+        ({"obs_stats": running_mean_std_init((2, 6, 4))}, ValueError, r"got mean float32 \[2, 6, 4\]"),
+        (
+            {"batch": TWO, "obs_stats": {"a": None, "b": running_mean_std_init((9,))}},
+            ValueError,
+            r"obs_stats\['b'\] must be statistics of the last dimensions of observations \[6, .*got mean float32 \[9\]",
+        ),
+        (
+            {"batch": TWO, "obs_stats": {"a": None, "b": 3}},
+            TypeError,
+            r"obs_stats\['b'\] must be an object with tensors mean and var, got int 3",
+        ),
+        (
+            {"batch": torch.ones(6, 4, dtype=torch.bool), "obs_stats": statistics()},
+            TypeError,
+            r"rnd_loss: batch must be a tensor of numbers, got bool \[6, 4\]",
+        ),
+        (
+            {"predictor": None},
+            TypeError,
+            r"rnd_loss: predictor must be a function \(params, observations\) -> features, got NoneType",
+        ),
+        ({"target": 3}, TypeError, r"rnd_loss: target must be a function \(params, .*, got int 3"),
         ({"batch": TWO, "obs_stats": {"a": None}}, KeyError, r"obs_stats must be a mapping with 'b', got keys \['a'\]"),
     ],
 )
@@ -1274,6 +1336,8 @@ def test_loss_refuses(changes, error, text):
         ),
         ((random.key(0), -1), {}, ValueError, r"rnd_key_mask: batch_size must be at least 0, got -1"),
         ((random.key(0), 4.0), {}, TypeError, r"rnd_key_mask: batch_size must be an int, got float 4\.0"),
+        ((random.key(0), True), {}, TypeError, r"rnd_key_mask: batch_size must be an int, got bool True"),
+        ((random.key(0), 4), {"exact": "no"}, TypeError, r"rnd_key_mask: exact must be True or False, got str 'no'"),
         (
             (random.key(0), torch.zeros(4, 2)),
             {},
@@ -1307,10 +1371,16 @@ def test_key_mask_refuses(args, options, error, text):
             r"stats\.mean must be of shape \[\] like a scalar's, got float32 \[3\]",
         ),
         ({"discount": 1.5}, ValueError, r"discount must be in \[0, 1\], got 1\.5"),
+        ({"sums": torch.zeros(2)}, TypeError, r"sums must be a DiscountedSum of tensors value, got float32 \[2\]"),
+        (
+            {"stats": discounted_sum_init()},
+            TypeError,
+            r"stats must be a RunningMeanStd of tensors mean, var, count, got",
+        ),
     ],
 )
 def test_reward_scale_refuses(changes, error, text):
-    arguments = {"error": torch.ones(2, 3), "sums": discounted_sum_init((2,)), "stats": running_mean_std_init()}
+    arguments = {"sums": discounted_sum_init((2,)), "stats": running_mean_std_init(), "error": torch.ones(2, 3)}
     with pytest.raises(error, match=text):
         rnd_reward_stats_update(**{**arguments, **changes})
 
@@ -1319,13 +1389,18 @@ def test_reward_scale_refuses(changes, error, text):
     ("args", "error", "text"),
     [
         (
-            (torch.ones(2, dtype=torch.bool), running_mean_std_init()),
+            (running_mean_std_init(), torch.ones(2, dtype=torch.bool)),
             TypeError,
             r"rnd_reward: error must be a tensor of numbers",
         ),
-        ((1.0, running_mean_std_init()), TypeError, r"rnd_reward: error must be a tensor, got float 1\.0"),
+        ((running_mean_std_init(), 1.0), TypeError, r"rnd_reward: error must be a tensor, got float 1\.0"),
         (
-            (torch.ones(2), running_mean_std_init((2,))),
+            (torch.ones(2), running_mean_std_init()),
+            TypeError,
+            r"rnd_reward: stats must be a RunningMeanStd of tensors mean, var, count, got float32 \[2\]",
+        ),
+        (
+            (running_mean_std_init((2,)), torch.ones(2)),
             ValueError,
             r"rnd_reward: stats\.var must be of shape \[\] like a scalar's, got float32 \[2\]",
         ),

@@ -628,7 +628,7 @@ def test_another_batch_size_is_compiled_too():
 
 STATE, RANGE, SUMS = running_mean_std_init((3,)), return_range_init(), discounted_sum_init((2,))
 ERRORS = [
-    (lambda: running_mean_std_init(3), TypeError, r"^running_mean_std_init: shape must be a sequence .* got int 3"),
+    (lambda: running_mean_std_init(3), TypeError, r"^running_mean_std_init: shape must be a tuple of ints, got int 3"),
     (lambda: running_mean_std_init((3,), epsilon=-1.0), ValueError, "epsilon must be at least 0, got -1.0"),
     (
         lambda: running_mean_std_init((3,), dtype=torch.int32),
@@ -709,7 +709,7 @@ ERRORS = [
     ),
     (
         lambda: return_range_update(RANGE, torch.ones(2), quantiles=torch.tensor([0.05, 0.95])),
-        ValueError,
+        TypeError,
         r"^return_range_update: quantiles must be two numbers, got float32 \[2\]",
     ),
     (
@@ -738,7 +738,52 @@ ERRORS = [
         ValueError,
         "^mean_std_read: minimum must be at least 0, got -1",
     ),
-    (lambda: discounted_sum_init(4), TypeError, r"^discounted_sum_init: shape must be a sequence .* got int 4"),
+    (
+        lambda: return_range_update(RANGE, torch.ones(2), quantiles=0.9),
+        TypeError,
+        r"^return_range_update: quantiles must be two numbers, got float 0\.9",
+    ),
+    (
+        lambda: return_range_scale(RANGE, minimum=math.inf),
+        ValueError,
+        "^return_range_scale: minimum must be a finite number, got inf",
+    ),
+    (
+        lambda: return_range_update((0.0, 1.0), torch.ones(2)),
+        TypeError,
+        r"^return_range_update: state must be a ReturnRange of tensors low, high, got tuple \(0\.0, 1\.0\)",
+    ),
+    (lambda: return_range_scale(None), TypeError, "^return_range_scale: state must be a ReturnRange .* got NoneType"),
+    (lambda: mean_std_update(RANGE, torch.ones(2)), TypeError, "^mean_std_update: state must be a MeanStd of tensors"),
+    (lambda: mean_std_read(3), TypeError, "^mean_std_read: state must be a MeanStd of tensors .* got int 3"),
+    (
+        lambda: running_mean_std_update((1, 2), torch.ones(2)),
+        TypeError,
+        r"^running_mean_std_update: state must be a RunningMeanStd of tensors mean, var, count, got tuple \(1, 2\)",
+    ),
+    (
+        lambda: running_mean_std_normalize(0.5, torch.ones(2)),
+        TypeError,
+        r"^running_mean_std_normalize: state must be an object with tensors mean and var, got float 0\.5",
+    ),
+    (
+        lambda: running_mean_std_init((2, -1)),
+        ValueError,
+        r"^running_mean_std_init: shape must be a tuple of sizes of at least 0, got tuple \(2, -1\)",
+    ),
+    (lambda: running_mean_std_init("ab"), TypeError, "^running_mean_std_init: shape must be a tuple of ints, got str"),
+    (lambda: running_mean_std_init((2.5,)), TypeError, "^running_mean_std_init: shape must be a tuple of ints, got"),
+    (
+        lambda: running_mean_std_init((), epsilon=math.inf),
+        ValueError,
+        "^running_mean_std_init: epsilon must be a finite number, got inf",
+    ),
+    (lambda: discounted_sum_init(4), TypeError, r"^discounted_sum_init: shape must be a tuple of ints, got int 4\."),
+    (
+        lambda: discounted_sum_update(torch.zeros(2), torch.ones(2)),
+        TypeError,
+        r"^discounted_sum_update: state must be a DiscountedSum of tensors value, got float32 \[2\]",
+    ),
     (
         lambda: discounted_sum_init((4,), dtype=torch.int64),
         TypeError,

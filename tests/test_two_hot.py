@@ -117,11 +117,15 @@ def test_bins_work_inside_every_variant(variant):
         ({"num_bins": 1}, ValueError, "num_bins must be at least 2, got 1"),
         ({"num_bins": 0}, ValueError, "num_bins must be at least 2, got 0"),
         ({"low": 20.0}, ValueError, "low must be below high=20.0, got 20.0"),
-        ({"low": math.nan}, ValueError, "low must be below high=20.0, got nan"),
+        ({"low": math.nan}, ValueError, "low must be a finite number, got nan"),
         ({"dtype": torch.int64}, TypeError, "dtype must be a floating-point dtype, got int64"),
         ({"dtype": torch.float16}, ValueError, r"low and high must be within 11\.09 of 0, .* got -20\.0 and 20\.0"),
         ({"high": 89.0}, ValueError, r"low and high must be within 88\.72 of 0, .* got -20\.0 and 89\.0"),
-        ({"low": -math.inf}, ValueError, r"low and high must be within 88\.72 of 0, .* got -inf and 20\.0"),
+        ({"low": -math.inf}, ValueError, "low must be a finite number, got -inf"),
+        ({"high": math.inf}, ValueError, "high must be a finite number, got inf"),
+        ({"low": "a"}, TypeError, "low must be a number, got str 'a'"),
+        ({"low": torch.tensor(-3.0)}, TypeError, r"low must be a number, got float32 \[\]"),
+        ({"num_bins": 2.5}, TypeError, r"num_bins must be an int, got float 2\.5"),
     ],
 )
 def test_bins_errors(arguments, error, text):

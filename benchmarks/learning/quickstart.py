@@ -6,7 +6,8 @@ Collects sequences from a gymnasium environment with random actions, then trains
 - five predictors of random network distillation at once with `vmap(grad_and_value(rnd_loss))`,
 
 both through an Adam step written as a function: no module loss, no torch.optim. Writes one picture (losses, open-loop
-prediction, map of intrinsic reward) and prints figures from before and after. Ctrl-C stops early and still draws.
+prediction, map of intrinsic reward) and prints figures from before and after. Ctrl-C stops training early and still
+draws.
 """
 
 import argparse
@@ -19,13 +20,14 @@ import gymnasium
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.backend_bases import FigureCanvasBase
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 from tqdm import tqdm
 
 import rlloss
 from rlloss_nn import functionalize
-from rlloss_nn.networks import RNDVectorNetwork, WorldModel
+from rlloss_nn.networks import RNDVectorNetwork, RSSMState, WorldModel
 
 matplotlib.use("Agg")  # there may be no screen
 from matplotlib import pyplot as plt
@@ -35,6 +37,8 @@ Params = dict[str, Tensor]
 BATCH, LENGTH = 16, 16  # sequences a batch, steps a sequence
 CONTEXT = 5  # steps seen before the open-loop prediction starts
 MEMBERS = 5  # predictors in the ensemble
+STOCH, CLASSES = 8, 8  # categorical latents of the world model, and classes of each
+EPISODES = 5  # at least: the last fifth is kept apart
 KNOBS = {**rlloss.DREAMER_V3_OFFICIAL, "reco_transform": "none"}  # observations come in normalised
 STATE_NAMES = {
     "CartPole-v1": ["cart position", "cart velocity", "pole angle", "pole velocity"],
@@ -66,14 +70,18 @@ class Adam(NamedTuple):
 
 
 def collect(name: str, steps: int, seed: int) -> Steps:
-    """At least `steps` steps of random actions in whole episodes."""
-    env = gymnasium.make(name)
+    """At least `steps` steps of random actions in whole episodes, and at least EPISODES of those."""
+    try:
+        env = gymnasium.make(name)
+    except (gymnasium.error.Error, ImportError) as error:
+        raise SystemExit(f"quickstart: gymnasium cannot make --env {name}: {error}") from None
     if not isinstance(env.observation_space, gymnasium.spaces.Box) or len(env.observation_space.shape or ()) != 1:
         raise SystemExit(f"quickstart: --env must have vector observations, got {env.observation_space}.")
     env.action_space.seed(seed)
     rows: list[tuple[Any, ...]] = []
+    episodes = 0
     with tqdm(total=steps, desc=f"collect {name}", unit="step") as bar:
-        while len(rows) < steps:
+        while len(rows) < steps or episodes < EPISODES:
             observation, _ = env.reset(seed=seed if not rows else None)
             rows.append((observation, encode(env.action_space, None), 0.0, True, False))
             done = False
@@ -83,6 +91,7 @@ def collect(name: str, steps: int, seed: int) -> Steps:
                 rows.append((observation, encode(env.action_space, action), float(reward), False, terminated))
                 bar.update()
                 done = terminated or truncated
+            episodes += 1
     env.close()
     observation, action, reward, is_first, terminated = (np.stack(column) for column in zip(*rows, strict=True))
     return Steps(
@@ -105,7 +114,7 @@ def encode(space: gymnasium.Space[Any], action: Any) -> np.ndarray:
 def split(steps: Steps) -> tuple[Steps, Steps]:
     """The last fifth of the episodes apart, to measure on."""
     starts = steps.is_first.nonzero().squeeze(-1)
-    cut = int(starts[max(1, int(0.8 * len(starts)))]) if len(starts) > 1 else len(steps.reward)
+    cut = int(starts[int(0.8 * len(starts))])
     return Steps(*(x[:cut] for x in steps)), Steps(*(x[cut:] for x in steps))
 
 
@@ -143,7 +152,8 @@ class Learner:
         self.train = train
         self.noise = torch.Generator().manual_seed(seed)
         self.key = rlloss.random.key(seed)
-        self.module = WorldModel((size,), actions, deter=128, hidden=64, stoch=8, classes=8, units=64, layers=2)
+        sizes = {"deter": 128, "hidden": 64, "stoch": STOCH, "classes": CLASSES, "units": 64, "layers": 2}
+        self.module = WorldModel((size,), actions, **sizes)
         self.world_model, params = functionalize(self.module)
         self.model = adam_init(detached(params))
         ensemble = [
@@ -188,18 +198,19 @@ class Learner:
     def open_loop(self, batch: dict[str, Tensor]) -> Tensor:
         """[B, T, obs]: the model sees CONTEXT steps, then imagines with the actions that were really taken."""
         size, length = batch["reward"].shape
+        # `functionalize` makes a function of the forward only; imagining takes other methods of the module.
         self.module.load_state_dict(self.model.params)
+        modes = torch.zeros(size, length, STOCH, CLASSES)  # without noise, the most likely classes are taken
         with torch.no_grad():
-            seen = {name: x[:, :CONTEXT] for name, x in batch.items()}
-            rssm, context = self.module.rssm, self.module({**seen, "noise": torch.zeros(size, CONTEXT, 8, 8)})
-            state = type(rssm.initial(size))(context["deter"][:, -1], context["stoch"][:, -1])
-            modes = torch.zeros(size, length - CONTEXT, 8, 8)
-            imagined = rssm.imagine(state, batch["action"][:, CONTEXT:], modes)
+            seen = {name: x[:, :CONTEXT] for name, x in {**batch, "noise": modes}.items()}
+            context = self.module(seen)
+            state = RSSMState(context["deter"][:, -1], context["stoch"][:, -1])
+            imagined = self.module.rssm.imagine(state, batch["action"][:, CONTEXT:], modes[:, CONTEXT:])
             future = self.module.predict(imagined.deter, imagined.stoch)["reconstruction"]
         return torch.cat([context["reconstruction"], future], 1)
 
     def gumbel(self, size: int, length: int) -> Tensor:
-        uniform = torch.rand(size, length, 8, 8, generator=self.noise).clamp_min(1e-20)
+        uniform = torch.rand(size, length, STOCH, CLASSES, generator=self.noise).clamp_min(1e-20)
         return -torch.log(-torch.log(uniform))
 
 
@@ -215,7 +226,7 @@ class Probe(NamedTuple):
 
     episodes: dict[str, Tensor]  # [B, T] whole pieces of held-out episodes
     visited: Tensor  # [M, obs] held-out states where the agent was
-    unvisited: Tensor  # [M, obs] states around them, further than one standard deviation from any
+    unvisited: Tensor  # [M, obs] states around them, further than one standard deviation from any trained on
 
 
 def make_probe(test: Steps, train: Steps, seed: int) -> Probe:
@@ -227,8 +238,14 @@ def make_probe(test: Steps, train: Steps, seed: int) -> Probe:
     low, high = train.observation.amin(0), train.observation.amax(0)
     middle, reach = (low + high) / 2, (high - low).clamp_min(1.0)
     around = middle + reach * (2 * torch.rand(4096, len(low), generator=generator) - 1)
-    distance = torch.cdist(around, train.observation[:: max(1, len(train.observation) // 2000)]).amin(-1)
-    return Probe(episodes, test.observation, around[distance > 1.0])
+    # In pieces: all distances at once would fill the memory after many steps.
+    distance = torch.stack([torch.cdist(around, piece).amin(-1) for piece in train.observation.split(2000)]).amin(0)
+    probe = Probe(episodes, test.observation, around[distance > 1.0])
+    if not len(probe.episodes["reward"]):
+        raise SystemExit(f"quickstart: no held-out episode is {horizon} steps long, which measuring takes.")
+    if not len(probe.unvisited):
+        raise SystemExit("quickstart: random actions reached every state around; there is no novelty to measure.")
+    return probe
 
 
 def measure(learner: Learner, probe: Probe) -> dict[str, float]:
@@ -245,7 +262,7 @@ def measure(learner: Learner, probe: Probe) -> dict[str, float]:
 
 
 def report(before: dict[str, float], after: dict[str, float], updates: int) -> None:
-    print(f"\nOn held-out episodes, before and after {updates} updates:")
+    print(f"\nBefore and after {updates} updates, on data that was not trained on:")
     for name in before:
         print(f"  {name:<42} {before[name]:>9.4f} {after[name]:>9.4f}")
     error, repeat, visited, unvisited = after.values()
@@ -353,12 +370,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=6000, help="environment steps to collect with random actions (default: 6000)")
     add("--updates", type=int, default=800, help="updates of both models (default: 800)")
     add("--seed", type=int, default=0, help="of everything random; the same seed gives the same figures (default: 0)")
-    add("--picture", type=Path, default=Path("quickstart.png"), help="where to draw (default: quickstart.png)")
+    add("--picture", type=Path, default=Path("quickstart.png"), help="file to draw into (default: quickstart.png)")
     options = parser.parse_args(arguments)
     if options.steps < 20 * LENGTH or options.updates < 1:
         parser.error(f"--steps must be at least {20 * LENGTH} and --updates at least 1")
+    # Now, not when there is something to draw and nowhere to draw it.
+    if not options.picture.parent.is_dir():
+        parser.error(f"--picture must be in a folder that exists, got {options.picture}")
+    kinds = sorted(FigureCanvasBase.get_supported_filetypes())
+    if options.picture.suffix.removeprefix(".").lower() not in kinds:
+        parser.error(f"--picture must end with one of .{', .'.join(kinds)}, got {options.picture}")
     return options
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("\nquickstart: interrupted before the picture was drawn") from None
