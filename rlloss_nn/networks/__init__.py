@@ -1,9 +1,14 @@
-"""Reference networks: DreamerV3's world model and its parts, and the networks of random network distillation.
+"""Reference networks: DreamerV3's agent and its parts, and the networks of random network distillation.
 
 No network draws anything in its forward pass: what samples takes its noise as an argument. Initial parameters come from
 torch's global generator, as those of every torch module: call ``torch.manual_seed`` before making a network.
 """
 
+from rlloss_nn.networks.agent import Actor as Actor
+from rlloss_nn.networks.agent import Agent as Agent
+from rlloss_nn.networks.agent import Continuous as Continuous
+from rlloss_nn.networks.agent import Discrete as Discrete
+from rlloss_nn.networks.agent import Memory as Memory
 from rlloss_nn.networks.codecs import ImageDecoder as ImageDecoder
 from rlloss_nn.networks.codecs import ImageEncoder as ImageEncoder
 from rlloss_nn.networks.codecs import VectorDecoder as VectorDecoder
@@ -27,13 +32,18 @@ __all__ = [
     "MLP",
     "RSSM",
     "SIZES",
+    "Actor",
+    "Agent",
     "BlockLinear",
+    "Continuous",
     "Decoder",
+    "Discrete",
     "Encoder",
     "ImageDecoder",
     "ImageEncoder",
     "Imagined",
     "MLPHead",
+    "Memory",
     "Observed",
     "RMSNorm",
     "RNDConvNetwork",

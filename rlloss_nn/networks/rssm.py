@@ -171,11 +171,10 @@ class RSSM(nn.Module):
 
         states, logits = [], []
         inputs = (is_first, action_inputs, token_inputs, noise)
-        for first, action_input, token_input, noise_t in zip(*(x.unbind(1) for x in inputs), strict=True):
-            deter = self._core(_reset(state, first), action_input)
-            logits.append(self._posterior(deter, token_input, deter_weight))
-            state = RSSMState(deter, self._sample(logits[-1], noise_t))
+        for first, action_t, token_t, noise_t in zip(*(x.unbind(1) for x in inputs), strict=True):
+            state, logits_t = self._observe(state, first, action_t, token_t, noise_t, deter_weight)
             states.append(state)
+            logits.append(logits_t)
         deters, stochs = (torch.stack(x, 1) for x in zip(*states, strict=True))
         return Observed(deters, stochs, self.prior(deters), torch.stack(logits, 1), state)
 
@@ -293,6 +292,20 @@ class RSSM(nn.Module):
         update = torch.sigmoid(update - 1)
         following: Tensor = update * candidate + (1 - update) * deter
         return following.flatten(-2)
+
+    def _observe(
+        self,
+        state: RSSMState,
+        is_first: Tensor,
+        action_input: Tensor,
+        token_input: Tensor,
+        noise: Tensor,
+        deter_weight: Tensor,
+    ) -> tuple[RSSMState, Tensor]:
+        """A step of the loop over time: all that depends on the state."""
+        deter = self._core(_reset(state, is_first), action_input)
+        logits = self._posterior(deter, token_input, deter_weight)
+        return RSSMState(deter, self._sample(logits, noise)), logits
 
     def _action_inputs(self, action: Tensor) -> Tensor:
         # An action outside [-1, 1] enters as -1 or 1, but keeps a gradient, which a clamp would not.

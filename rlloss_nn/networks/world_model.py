@@ -148,6 +148,10 @@ class WorldModel(nn.Module):
             "continue_logits": self.continue_head(features).squeeze(-1),
         }
 
+    def imagine_step(self, state: RSSMState, action: Tensor, noise: Tensor) -> RSSMState:
+        """The state [B, *] that follows an action [B, action_dim], as :meth:`RSSM.imagine_step` predicts it."""
+        return self.rssm.imagine_step(state, action, noise)[0]
+
     def features(self, deter: Tensor, stoch: Tensor) -> Tensor:
         """[..., deter] and [..., groups, classes] to the features [..., deter + groups * classes] that heads read."""
         checks.last_dimension("WorldModel.features", "deter", deter, self.rssm.deter)
