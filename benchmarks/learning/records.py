@@ -1,0 +1,101 @@
+"""What a run leaves behind: a CSV and TensorBoard events, checkpoints, a picture."""
+
+import csv
+import os
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+Row = Mapping[str, float]
+
+
+class Log:
+    """metrics.csv and TensorBoard events, one row for each episode.
+
+    After an interruption both go on from the rows of the checkpoint; what was written after it is written anew.
+    """
+
+    def __init__(self, folder: Path, fields: Sequence[str], rows: Sequence[Row]):
+        self.file = open(folder / "metrics.csv", "w", newline="")  # noqa: SIM115, closed on exit
+        self.csv = csv.DictWriter(self.file, fields)
+        self.csv.writeheader()
+        self.csv.writerows(rows)
+        self.events = SummaryWriter(str(folder), purge_step=int(rows[-1]["step"]) + 1 if rows else None)
+
+    def write(self, row: Row) -> None:
+        self.csv.writerow(row)
+        self.file.flush()
+        for name in row.keys() - {"step"}:
+            self.events.add_scalar(name, row[name], int(row["step"]))
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        self.events.close()
+
+
+def write_checkpoint(folder: Path, checkpoint: Mapping[str, Any]) -> None:
+    """Writes checkpoint.pt, which is whole or not there; the one before it stays as previous.pt."""
+    path = folder / "checkpoint.pt"
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if path.exists():
+        os.replace(path, folder / "previous.pt")
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def read_checkpoint(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The last whole checkpoint, if it was made with the same settings."""
+    for path in (folder / "checkpoint.pt", folder / "previous.pt"):
+        if not path.exists():
+            continue
+        try:
+            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            # Aside with it, or the next save would put it in the place of the whole one.
+            os.replace(path, path.with_suffix(".damaged"))
+            print(f"{path} is not a whole checkpoint ({type(error).__name__}): the one before it is used.")
+            continue
+        saved = checkpoint["settings"]
+        other = [f"{name} {saved.get(name)!r}, not {x!r}" for name, x in settings.items() if saved.get(name) != x]
+        if other:
+            raise SystemExit(f"--resume with other settings than those of {path}: it has {'; '.join(other)}.")
+        return checkpoint
+    raise SystemExit(f"--resume, but there is no whole checkpoint in {folder}.")
+
+
+def draw_curve(axes: Any, rows: Sequence[Row]) -> None:
+    """Return of each episode, and the mean of the last 20."""
+    steps, returns = [row["step"] for row in rows], [row["return"] for row in rows]
+    axes.plot(steps, returns, ".", alpha=0.3, label="episode")
+    axes.plot(steps, [np.mean(returns[max(0, i - 19) : i + 1]) for i in range(len(rows))], label="mean of 20")
+    axes.set(title="Return", xlabel="environment steps")
+    axes.legend()
+
+
+def draw_open_loop(axes: Any, real: Tensor, predicted: Tensor, seen: int) -> None:
+    """A sequence [T, *obs] and what was predicted after ``seen`` steps: lines for vectors, strips for images."""
+    axes.set_title(f"The newest steps: {seen} seen, the others imagined")
+    if real.ndim == 2:
+        for i in range(min(4, real.shape[1])):
+            axes.plot(real[:, i], color=f"C{i}", label=f"observation {i}")
+            axes.plot(predicted[:, i], color=f"C{i}", linestyle="--")
+        axes.axvspan(-0.5, seen - 0.5, color="0.9", zorder=0)
+        axes.set_xlabel("step (real solid, predicted dashed)")
+        axes.legend(fontsize=8)
+        return
+    every = max(1, len(real) // 10)
+    strips = [torch.cat(list(x[::every]), -1) for x in (real, predicted, (real - predicted).abs())]
+    axes.imshow(torch.cat(strips, -2)[:3].permute(1, 2, 0).clamp(0, 1))
+    axes.set(xlabel=f"every {every} steps", xticks=[], yticks=[real.shape[-2] * (i + 0.5) for i in range(3)])
+    axes.set_yticklabels(["real", "predicted", "difference"])

@@ -1,0 +1,205 @@
+"""The agent that learns: its replay, its update and what an interruption leaves of a run."""
+
+# ruff: noqa: E402, where the extra is missing the imports would fail
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils._pytree import tree_flatten, tree_map
+
+for needed in ("gymnasium", "matplotlib", "tensorboard", "tqdm", "tyro"):
+    pytest.importorskip(needed, reason='the extra "learning" is not installed')
+
+from benchmarks.learning import dreamer_v3, records
+from benchmarks.learning.dreamer_v3 import Config, Replay, Run, make_batch
+from benchmarks.learning.environments import Task
+
+TINY = Config(
+    envs=2, train_ratio=2, batch=2, length=4, horizon=2, starts=2, prefill=20, deter=16, hidden=8, stoch=2, classes=4,
+    units=8, learning_rate=1e-3, warmup=0, checkpoint_every=20, threads=1,
+)  # fmt: skip
+ENTRIES = {"reward": ((), torch.float32), "deter": ((3,), torch.float32), "stoch": ((2,), torch.int16)}
+
+
+def filled(count, capacity=100, envs=2, length=4):
+    """A replay whose rewards say which step of which environment they are."""
+    replay = Replay(ENTRIES, envs, capacity, length)
+    for t in range(count):
+        replay.add({"reward": torch.arange(envs) * 1000.0 + t, "deter": torch.zeros(envs, 3)})
+    return replay
+
+
+def drained(replay, generator):
+    while replay.online:
+        replay.sample(1, generator)
+    return replay
+
+
+def test_sequences_are_consecutive_steps_of_one_environment():
+    generator = torch.Generator().manual_seed(0)
+    batch, _ = filled(30).sample(64, generator)
+    assert batch["reward"].shape == (64, 4)
+    assert torch.equal(batch["reward"].diff(dim=1), torch.ones(64, 3))
+    assert set((batch["reward"] // 1000).flatten().tolist()) == {0.0, 1.0}
+
+
+def test_every_start_is_drawn_alike():
+    generator = torch.Generator().manual_seed(0)
+    batch, _ = drained(filled(13), generator).sample(20_000, generator)
+    counts = torch.bincount((batch["reward"][:, 0] % 1000).long())
+    assert counts.shape == (10,)
+    assert counts.min() > 0.9 * 2_000
+
+
+def test_new_sequences_go_first():
+    batch, _ = filled(8).sample(5, torch.Generator().manual_seed(0))
+    assert batch["reward"][:4, 0].tolist() == [0.0, 1000.0, 4.0, 1004.0]
+
+
+def test_what_is_overwritten_is_never_drawn():
+    generator = torch.Generator().manual_seed(0)
+    replay = filled(57, capacity=20)
+    batch, _ = replay.sample(500, generator)
+    assert (batch["reward"][:, 0] % 1000).min() == 47.0
+    assert torch.equal(batch["reward"].diff(dim=1), torch.ones(500, 3))
+
+
+def test_latents_are_written_where_they_were_read():
+    replay = filled(10)
+    _, (env, index) = replay.sample(3, torch.Generator().manual_seed(0))
+    deter = torch.randn(3, 3, 3)
+    stoch = torch.nn.functional.one_hot(torch.randint(4, (3, 3, 2)), 4).float()
+    replay.write_back((env, index[:, 1:]), dreamer_v3.RSSMState(deter, stoch))
+    for i in range(3):
+        assert torch.equal(replay.data["deter"][env[i], index[i, 1:]], deter[i])
+        assert torch.equal(replay.data["stoch"][env[i], index[i, 1:]].long(), stoch[i].argmax(-1))
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = Run(dataclasses.replace(TINY, steps=40, logdir=tmp_path))
+    run.train()
+    return run
+
+
+def batch_of(run):
+    generator = torch.Generator().manual_seed(1)
+    sequences, _ = run.replay.sample(2, torch.Generator().manual_seed(0))
+    return sequences, *make_batch(sequences, run.agent, run.config, generator)
+
+
+def test_a_batch_pairs_each_observation_with_the_action_before_it(run):
+    sequences, batch, noise = batch_of(run)
+    assert torch.equal(batch["observation"]["vector"], sequences["vector"][:, 1:])
+    assert torch.equal(batch["action"], sequences["action"][:, :-1].flatten(2))
+    assert torch.equal(batch["state"].deter, sequences["deter"][:, 0])
+    assert noise["dynamics"].shape == (4, 2, 2, 4)
+
+
+def test_an_episode_that_was_abandoned_is_marked_as_ended(run):
+    sequences, _, _ = batch_of(run)
+    false = torch.zeros(2, 5, dtype=torch.bool)
+    first = false.index_fill(1, torch.tensor(3), True)
+    sequences = {**sequences, "is_first": first, "is_last": false}
+    batch, _ = make_batch(sequences, run.agent, run.config, torch.Generator().manual_seed(1))
+    assert batch["is_last"].tolist() == [[False, True, False, False]] * 2
+
+
+def test_the_update_is_a_function(run):
+    _, batch, noise = batch_of(run)
+    before = tree_map(torch.clone, (run.learner, batch, noise))
+    first, _ = run.update(run.learner, batch, noise)
+    second, _ = run.update(run.learner, batch, noise)
+    torch.testing.assert_close(tree_flatten(first)[0], tree_flatten(second)[0], rtol=0, atol=0)
+    after = (run.learner, batch, noise)
+    torch.testing.assert_close(tree_flatten(after)[0], tree_flatten(before)[0], rtol=0, atol=0, equal_nan=True)
+    moved = [not torch.equal(a, b) for a, b in zip(tree_flatten(first)[0], tree_flatten(run.learner)[0], strict=True)]
+    assert sum(moved) > len(moved) / 2
+
+
+def curve(run):
+    return [{name: x for name, x in row.items() if name != "seconds"} for row in run.rows]
+
+
+def interrupted(config, step):
+    """A run that ends at once when it gets to a step."""
+    run = Run(config)
+    update = run.update
+
+    def until(*arguments):
+        if run.step >= step:
+            raise KeyboardInterrupt
+        return update(*arguments)
+
+    run.update = until
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+
+
+@pytest.mark.parametrize("task", ["CartPole-v1", "Pendulum-v1"])
+def test_a_run_goes_on_as_if_it_had_not_been_interrupted(tmp_path, task):
+    config = dataclasses.replace(TINY, task=task, steps=160, logdir=tmp_path / "whole", checkpoint_every=40)
+    whole, other = Run(config), dataclasses.replace(config, logdir=tmp_path / "cut")
+    for folder in (config.logdir, other.logdir):
+        folder.mkdir()
+    whole.train()
+    interrupted(other, 94)
+    resumed = Run(other)
+    resumed.load()
+    assert resumed.step == 80
+    resumed.train()
+    assert curve(resumed) == curve(whole)
+    assert len(curve(whole)) > 0 or task == "Pendulum-v1"
+    torch.testing.assert_close(tree_flatten(resumed.learner)[0], tree_flatten(whole.learner)[0], rtol=0, atol=0)
+    lines = [(folder / "metrics.csv").read_text().splitlines() for folder in (config.logdir, other.logdir)]
+    assert [line.rpartition(",")[0] for line in lines[0]] == [line.rpartition(",")[0] for line in lines[1]]
+
+
+def test_a_checkpoint_cut_off_gives_way_to_the_one_before(tmp_path, capsys):
+    for number in (1, 2):
+        records.write_checkpoint(tmp_path, {"settings": {"seed": 0}, "number": number})
+    whole = (tmp_path / "checkpoint.pt").read_bytes()
+    (tmp_path / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
+    assert records.read_checkpoint(tmp_path, {"seed": 0})["number"] == 1
+    assert "checkpoint.pt is not a whole checkpoint" in capsys.readouterr().out
+    records.write_checkpoint(tmp_path, {"settings": {"seed": 0}, "number": 3})
+    assert records.read_checkpoint(tmp_path, {"seed": 0})["number"] == 3
+    assert (tmp_path / "checkpoint.damaged").exists()
+
+
+def test_no_checkpoint_is_said(tmp_path):
+    with pytest.raises(SystemExit, match="there is no whole checkpoint in"):
+        records.read_checkpoint(tmp_path, {})
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    records.write_checkpoint(tmp_path, {"settings": {"seed": 0, "batch": 16}})
+    with pytest.raises(SystemExit, match=r"with other settings than those of .*: it has batch 16, not 8"):
+        records.read_checkpoint(tmp_path, {"seed": 0, "batch": 8})
+
+
+def test_an_unknown_task_is_refused_with_those_there_are():
+    with pytest.raises(SystemExit, match=r"(?s)--task Cartpole-v9: .*Known tasks: dmc:domain_task, .*CartPole-v1"):
+        Task("Cartpole-v9", image=False, seed=0, index=0)
+
+
+def test_a_task_that_does_not_fit_is_refused():
+    with pytest.raises(SystemExit, match="its observations must be vectors or images, got Discrete"):
+        Task("FrozenLake-v1", image=False, seed=0, index=0)
+
+
+def test_an_action_of_one_is_the_upper_end_of_its_range():
+    task = Task("Pendulum-v1", image=False, seed=0, index=0)
+    task.reset()
+    taken = []
+    step = task.env.step
+    task.env.step = lambda action: taken.append(float(action[0])) or step(action)
+    for share in (1.0, -1.0, 0.5, 7.0):
+        task.step(torch.tensor([share]))
+    assert taken == [2.0, -2.0, 1.0, 2.0]
+
+
+def test_the_picture_is_drawn(run):
+    run.draw()
+    assert (run.config.logdir / "picture.png").stat().st_size > 10_000
