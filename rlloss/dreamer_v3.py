@@ -491,10 +491,7 @@ def imagine(
         >>> rollout.states, rollout.actions
         (tensor([[0., 2., 4., 6.]]), tensor([[2., 2., 2., 2.]]))
     """
-    if not isinstance(horizon, int) or isinstance(horizon, bool):
-        raise TypeError(checks.text("imagine", "horizon", "an int", checks.describe(horizon)))
-    if horizon < 1:
-        raise ValueError(checks.text("imagine", "horizon", "at least 1", f"{horizon}"))
+    horizon = checks.integer("imagine", "horizon", horizon, 1)
     actor_noise = _noise_of_steps(noise, "policy", horizon + 1, time_dim)
     model_noise = _noise_of_steps(noise, "dynamics", horizon, time_dim)
     states, actions = [start], []
@@ -608,7 +605,8 @@ def dreamer_v3_actor_terms(
         advantage: [..., T - 1], of :func:`dreamer_v3_returns`. Taken as it comes: what it depends on is differentiated.
         weight: [..., T - 1], likewise. Where it is 0, NaN and infinite entries of the others count as finite ones.
         entropy: eta.
-        estimator: "score" or "pathwise".
+        estimator: "score" or "pathwise". The advantage of :func:`dreamer_v3_returns` is a constant: by the path it
+            trains nothing, and only the entropy is left. Pass :func:`~rlloss.returns.lambda_return` of the rollout.
         advantage_stats: ``(offset, scale)``: the advantage enters as ``(advantage - offset) / scale``.
 
     Returns:
@@ -623,6 +621,16 @@ def dreamer_v3_actor_terms(
         >>> policy, advantage = NormalPolicy(torch.zeros(2, 1), torch.ones(2, 1)), torch.tensor([1.0, -1.0])
         >>> dreamer_v3_actor_terms(policy, torch.zeros(2, 1), advantage, torch.ones(2), entropy=0.0)
         tensor([ 0.9189, -0.9189])
+
+        By the path, where the reward is the action:
+
+        >>> def loss(mean):
+        ...     reward = torch.cat([torch.zeros(1), mean[0]])
+        ...     returns = lambda_return(reward, torch.zeros(2), torch.ones(2), discount=0.99)
+        ...     policy = NormalPolicy(mean, torch.ones(1, 1))
+        ...     return dreamer_v3_actor_terms(policy, None, returns, torch.ones(1), estimator="pathwise").sum()
+        >>> torch.func.grad(loss)(torch.zeros(1, 1))
+        tensor([[-1.]])
     """
     knobs = _Actor("dreamer_v3_actor_terms", entropy, estimator, advantage_stats)
     return knobs.parts(policy, action, advantage, weight)["terms"]
@@ -651,14 +659,15 @@ def dreamer_v3_actor_loss(
             Detach features that should get no gradient.
         actor: ``(params, features) -> policy``, a distribution or a mapping of them (:mod:`rlloss.policy`).
         entropy: see :func:`dreamer_v3_actor_terms`.
-        estimator: see :func:`dreamer_v3_actor_terms`.
+        estimator: see :func:`dreamer_v3_actor_terms`; with "pathwise" the advantage is made of
+            :func:`~rlloss.returns.lambda_return`, for that of :func:`dreamer_v3_returns` would train the entropy alone.
         advantage_stats: see :func:`dreamer_v3_actor_terms`.
 
     Returns:
         ``(loss, aux)``: loss []; aux: "terms", "log_prob" and "entropy", detached, [..., T - 1].
 
     Raises:
-        KeyError: if an entry is missing, or an action has no distribution.
+        KeyError: if an entry is missing, or ``policy`` and ``action`` have different keys.
         TypeError, ValueError: as :func:`dreamer_v3_actor_terms`.
 
     Example:
@@ -900,12 +909,19 @@ def dreamer_v3_loss(
     detached parameters, from detached states: the actor's loss trains the actor, the critic's the critic, and only the
     model's and the replay loss reach the world model.
 
+    The author's other switches are compositions. ``reward_grad=False``: a world model whose reward head reads detached
+    features. The others are for the losses it is made of, called one by one and added up. ``repval_grad=False``:
+    :func:`dreamer_v3_replay_value_loss` of detached features; ``ac_grads=True``: :func:`dreamer_v3_actor_loss` and
+    :func:`dreamer_v3_value_loss` of features whose first step, the start, is not detached; ``slowtar=True``: the slow
+    critic's value in :func:`dreamer_v3_returns`; ``valnorm``, ``advnorm``: ``value_stats`` and ``advantage_stats``, of
+    :func:`~rlloss.statistics.mean_std_read`. Several processes share a range by the ``group`` of the returns.
+
     Source: Hafner et al. 2023 (arXiv:2301.04104); danijar/dreamerv3@e3f0224 dreamerv3/agent.py ``Agent.loss``, with the
     scales and switches of dreamerv3/configs.yaml.
 
     Args:
         params: {"world_model", "actor", "critic"}, differentiated.
-        state: slow critic and range of the returns.
+        state: slow critic, which may be None where ``slow_weight`` is the number 0, and range of the returns.
         batch: as :func:`dreamer_v3_model_loss` reads it, without "mask"; with "terminated" and "is_last": bool [B, T].
         noise: of the rollouts, as :func:`imagine` reads it, with B * ``starts`` rows. A rollout's row is
             ``b * starts + t``.
@@ -921,7 +937,7 @@ def dreamer_v3_loss(
         lambda_value: weight of the critic's loss in imagination.
         lambda_replay_value: weight of the critic's loss on the replayed sequences.
         **knobs: of the world model, see :class:`ModelKnobs`; those left out are the author's
-            (``DREAMER_V3_OFFICIAL``).
+            (``DREAMER_V3_OFFICIAL``). ``lambda_continue`` is above 0: rollouts go on as the continuation says.
 
     Returns:
         ``(loss, aux, state)``: loss []; aux: "losses" by name, unweighted scalars, "outputs" of the world model,
@@ -929,7 +945,8 @@ def dreamer_v3_loss(
 
     Raises:
         KeyError: if an entry of ``params``, ``batch`` or the outputs is missing.
-        TypeError, ValueError: as the losses it is made of; and if ``starts`` is not in [2, T] or there is a mask.
+        TypeError, ValueError: as the losses it is made of; and if ``state`` is no :class:`DreamerV3State`, its slow
+            critic not like the critic, ``starts`` not in [2, T], ``lambda_continue`` 0, or there is a mask.
 
     Example:
         >>> def world_model(params, batch):
@@ -955,10 +972,18 @@ def dreamer_v3_loss(
     if checks.has(batch, "mask"):
         raise ValueError(checks.text(function, "batch", "without a mask", "one", "Each step starts a rollout."))
     weights = {"lambda_actor": lambda_actor, "lambda_value": lambda_value, "lambda_replay_value": lambda_replay_value}
-    for name, weight in weights.items():
+    for name, weight in {**weights, "slow_weight": slow_weight}.items():
         checks.knob(function, name, weight, 0.0)
     live = {name: checks.take(function, "params", params, name) for name in ("world_model", "actor", "critic")}
+    if not isinstance(state, DreamerV3State):
+        raise TypeError(checks.text(function, "state", "a DreamerV3State", checks.describe(state)))
+    checks.state(function, "state.return_range", state.return_range, ReturnRange)
+    if _wanted(slow_weight):
+        _check_slow(function, "state.slow_critic", state.slow_critic, "params['critic']", live["critic"])
     settings: ModelKnobs = {**DREAMER_V3_OFFICIAL, **knobs}
+    if not _wanted(model_knobs(settings)["lambda_continue"]):
+        guess = "Rollouts go on as the continuation says, and nothing else trains it."
+        raise ValueError(checks.text(function, "lambda_continue", "above 0", f"{settings['lambda_continue']!r}", guess))
     replayed = _last_steps(batch, starts)
     model_loss, model_aux = dreamer_v3_model_loss(live["world_model"], batch, world_model=agent.world_model, **settings)
     rows, steps = replayed["reward"].shape
@@ -967,7 +992,8 @@ def dreamer_v3_loss(
     replayed = {**replayed, "features": tree_map(lambda x: x[:, -steps:], states)}
 
     rollout = _follow(live, replayed["features"], noise, agent, horizon)
-    logits, slow = (agent.critic(p, rollout.states) for p in (live["critic"], state.slow_critic))
+    logits = agent.critic(live["critic"], rollout.states)
+    slow = agent.critic(state.slow_critic, rollout.states)[:, :-1] if _wanted(slow_weight) else None
     reward, continuation, value = _expectations(live["world_model"], logits, rollout.states, agent, settings)
     targets, new_range = dreamer_v3_returns(
         reward, continuation, value, state.return_range, discount=discount, lmbda=lmbda
@@ -976,7 +1002,7 @@ def dreamer_v3_loss(
     imagined = {"features": rollout.states, "action": rollout.actions, **targets._asdict()}
     actor_loss, actor_aux = dreamer_v3_actor_loss(live["actor"], imagined, actor=agent.actor, entropy=entropy)
     value_loss = _mean(
-        dreamer_v3_value_terms(logits[:, :-1], slow[:, :-1], targets.returns, targets.weight, slow_weight=slow_weight),
+        dreamer_v3_value_terms(logits[:, :-1], slow, targets.returns, targets.weight, slow_weight=slow_weight),
         None,
     )
     replay_loss, _ = dreamer_v3_replay_value_loss(
@@ -1084,11 +1110,13 @@ class _Actor(NamedTuple):
         advantage = checks.floating(self.function, "advantage", advantage)
         checks.same_shape(self.function, "advantage", advantage, "weight", weight.shape)
         gain = _normalize(self.function, "advantage_stats", _quiet(advantage, weight), self.advantage_stats)
+        policy, action = _plain(policy), _plain(action)
         self._check(policy, weight)
         # Deviations must stay above 0; a 1 is as good as any other number for means and logits.
         policy = tree_map(lambda x: _quiet(x, weight, 1.0), policy)
         parts = {"entropy": policy_entropy(policy)}
         if self.estimator == "score":
+            self._check_keys(policy, action)
             action = tree_map(lambda x: _quiet(x.detach(), weight), action)
             parts = {**parts, "log_prob": policy_log_prob(policy, action)}
             gain = parts["log_prob"] * gain
@@ -1115,6 +1143,12 @@ class _Actor(NamedTuple):
                 wanted = f"of shape [{', '.join(map(str, [*weight.shape, *names]))}] like the weight"
                 raise ValueError(checks.text(self.function, argument, wanted, checks.describe(part[0])))
 
+    def _check_keys(self, policy: Any, action: Any) -> None:
+        """One distribution for each action."""
+        if isinstance(policy, dict) and isinstance(action, dict) and sorted(policy) != sorted(action):
+            wanted = f"a mapping with {sorted(action)} like action"
+            raise checks.MissingKeyError(checks.text(self.function, "the policy", wanted, f"keys {sorted(policy)}"))
+
 
 class _Critic(NamedTuple):
     """The knobs of the critic's losses, and who was asked."""
@@ -1138,7 +1172,8 @@ class _Critic(NamedTuple):
         """The terms, reduced, and what they are made of."""
         checks.option(self.function, "reduction", reduction, REDUCTIONS)
         features = _without_last(self.function, "features", batch, weight)
-        self._check_slow(params, slow_params)
+        if _wanted(self.slow_weight):
+            _check_slow(self.function, "slow_params", slow_params, "params", params)
         prediction = critic(params, features)
         slow = critic(tree_map(torch.detach, slow_params), features) if _wanted(self.slow_weight) else None
         terms = self.terms(prediction, slow, returns, weight)
@@ -1195,18 +1230,18 @@ class _Critic(NamedTuple):
             return symexp_bins(prediction.shape[-1], dtype=prediction.dtype, device=prediction.device)
         return self.bins.detach().to(prediction.dtype).contiguous()
 
-    def _check_slow(self, params: Params, slow_params: Params) -> None:
-        if not _wanted(self.slow_weight):
-            return
-        shapes, slow_shapes = _shapes(params), _shapes(slow_params)
-        if shapes == slow_shapes:
-            return
-        # The first entry that differs says more than two long lists.
-        names = sorted(name for name in {*shapes, *slow_shapes} if shapes.get(name) != slow_shapes.get(name))
-        own, slow = (x.get(names[0], "nothing") for x in (shapes, slow_shapes))
-        guess = "Start them as a copy of the parameters, or set slow_weight=0."
-        got = f"{slow} where params have {own} at {names[0]}"
-        raise ValueError(checks.text(self.function, "slow_params", "of the structure of params", got, guess))
+
+def _check_slow(function: str, argument: str, slow_params: Any, name: str, params: Params) -> None:
+    """The slow critic has the parameters of the critic."""
+    shapes, slow_shapes = _shapes(params), _shapes(slow_params)
+    if shapes == slow_shapes:
+        return
+    # The first entry that differs says more than two long lists.
+    names = sorted(x for x in {*shapes, *slow_shapes} if shapes.get(x) != slow_shapes.get(x))
+    own, slow = (x.get(names[0], "nothing") for x in (shapes, slow_shapes))
+    guess = "Start them as a copy of the parameters, or set slow_weight=0."
+    got = f"{slow} where {name} have {own} at {names[0]}"
+    raise ValueError(checks.text(function, argument, f"of the structure of {name}", got, guess))
 
 
 def _shapes(params: Params) -> dict[str, list[int]]:
@@ -1231,9 +1266,8 @@ def _last_steps(batch: Batch, starts: int | None) -> dict[str, Tensor]:
     entries = {name: x.squeeze(-1) if tuple(x.shape) == (*shape, 1) else x for name, x in entries.items()}
     for name, x in entries.items():
         checks.same_shape(function, name, x, "the batch", shape)
-    starts = shape[1] if starts is None else starts
-    if not 2 <= starts <= shape[1]:
-        raise ValueError(checks.text(function, "starts", f"in [2, {shape[1]}], or None for all T", f"{starts}"))
+    wanted = "an int, or None for all T"
+    starts = checks.integer(function, "starts", shape[1] if starts is None else starts, 2, shape[1], wanted=wanted)
     return {name: x[:, -starts:] for name, x in entries.items()}
 
 

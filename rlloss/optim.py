@@ -156,7 +156,7 @@ def adaptive_clip(params: Params, grads: Params, *, clip: Scalar = 0.3, floor: S
     Args:
         params: pytree of floating-point tensors; computed in float32 at least.
         grads: the same structure and shapes.
-        clip: c, share of the parameter's norm; the number 0 does not clip.
+        clip: c, share of the parameter's norm; the number 0 does not clip, a tensor of 0 leaves nothing.
         floor: f, norm that a parameter counts with at least, so that zero-initialised ones can move.
 
     Returns:
@@ -245,6 +245,8 @@ def _clip(each: _Each, params: list[Tensor], grads: list[Tensor], clip: Scalar, 
         return grads
     size, change = torch.stack(each("norm", params)), torch.stack(each("norm", grads))
     upper = _scalar(size, clip) * torch.maximum(size, checks.scalar_like(size, floor))
+    # Where nothing may change and nothing does: not 0 / 0.
+    upper = torch.where((upper == 0) & (change == 0), 1.0, upper)
     factor = 1 / (change / upper).clamp(min=1)
     return each("mul", grads, list(factor.unbind()))
 

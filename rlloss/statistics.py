@@ -194,7 +194,7 @@ def return_range_update(
     .. math:: p' = (1 - r) \, p + r \, \mathrm{percentile}(R)
 
     Percentiles are linearly interpolated between sorted values. A batch that is empty or holds a NaN or an infinite
-    value leaves the state as it is.
+    value leaves the state as it is: the author's code has no such guard, and there one NaN stays for good.
 
     Source: Hafner et al. 2023 (arXiv:2301.04104), section "Actor learning"; danijar/dreamerv3@e3f0224
     embodied/jax/utils.py ``Normalize``.

@@ -247,7 +247,8 @@ class DreamerV3Loss(LossModule):
     sum is the objective; the records of the three; ``replay_value``, the replay loss without its weight; and under
     "replay_context" the inferred states, detached.
 
-    Names are changed by ``set_keys(state=..., belief=..., is_init=..., replay_context=...)``.
+    Names are changed by ``set_keys(state=..., belief=..., is_init=..., replay_context=...)``; "is_init" is read by the
+    world model only.
 
     Raises:
         TypeError, ValueError: if a loss is of another class, a number out of range, or the model's output detached

@@ -195,17 +195,20 @@ class DreamerV3ActorLoss(LossModule):
         """Moving average of the high percentile of the returns, []."""
         return self.return_range.high
 
-    def make_value_estimator(self, value_type: Any = None, *, gamma: Scalar = 0.99, lmbda: Scalar = 0.95) -> None:
+    def make_value_estimator(
+        self, value_type: Any = None, *, gamma: Scalar | None = None, lmbda: Scalar | None = None
+    ) -> None:
         """Choose how returns look ahead, as torchrl does it.
 
         Args:
             value_type: "TDLambda", "TD0" (one step) or "TD1" (to the end), or torchrl's enum of those; None: the first.
-            gamma: discount.
-            lmbda: of "TDLambda".
+            gamma: discount; None: as it is.
+            lmbda: of "TDLambda"; None: as it is.
         """
         kind = "TDLambda" if value_type is None else getattr(value_type, "name", value_type)
         function = "DreamerV3ActorLoss.make_value_estimator"
         checks.option(function, "value_type", kind, VALUE_ESTIMATORS)
+        gamma, lmbda = self.gamma if gamma is None else gamma, self.lmbda if lmbda is None else lmbda
         checks.knob(function, "gamma", gamma, 0.0, 1.0)
         checks.knob(function, "lmbda", lmbda, 0.0, 1.0)
         fixed = VALUE_ESTIMATORS[kind]

@@ -78,11 +78,24 @@ def refuse_other_shapes(module: nn.Module, state_dict: dict[str, Any], prefix: s
             checks.same_shape(function, repr(f"{prefix}{name}"), saved, "the module's own", tensor.shape)
 
 
+def refuse_other_names(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Before anything is loaded into ``module``: an entry that is missing, or that it has not, is refused by name."""
+    own = module.state_dict().keys()
+    missing, unexpected = [name for name in own if name not in state_dict], sorted(set(state_dict) - set(own))
+    if missing or unexpected:
+        wanted, got = "one with the module's own names", f"missing {missing}, unexpected {unexpected}"
+        function = f"{type(module).__name__}.load_state_dict"
+        raise checks.MissingKeyError(checks.text(function, "state_dict", wanted, got))
+
+
 class LossModule(nn.Module):
     """A loss that reads a TensorDict: names in ``tensor_keys``, changed by ``set_keys``.
 
     A loss holds its networks and knobs, names the entries and calls the pure function of ``rlloss``; the mathematics is
     there. ``functional()`` gives that function back with the parameters taken out.
+
+    A state dict that ``load_state_dict`` refuses overwrites nothing. Where the loss is part of another module, whose
+    ``load_state_dict`` is called, torch's own rules hold: what is missing is noticed after the rest is loaded.
     """
 
     default_keys: ClassVar[type[Any]]
@@ -123,6 +136,17 @@ class LossModule(nn.Module):
         entries = () if tensordict is None else (tensordict, *entries)
         check_entries(name, self.in_keys, entries, named)
         return self._of_entries(*entries, **named)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's, but all names and shapes are checked before anything is overwritten.
+
+        Raises:
+            KeyError: if ``strict`` and a name is missing or one too many.
+            ValueError: if a shape differs.
+        """
+        if strict:
+            refuse_other_names(self, state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
 
     def set_keys(self, **keys: NestedKey | list[NestedKey] | None) -> None:
         """Rename entries; None restores the default.

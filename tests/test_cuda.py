@@ -1,4 +1,7 @@
-"""What holds on a GPU: the same bits, the same losses, no wait for the device. Skipped where there is none."""
+"""What holds on a GPU: the same bits, the same losses, no wait for the device. Skipped where there is none.
+
+Tests that take a device run on the CPU too: a mistake of their own shows everywhere.
+"""
 
 from typing import Any
 
@@ -8,24 +11,34 @@ from torch.func import grad_and_value, vmap
 
 import rlloss
 from rlloss_nn import functionalize
-from rlloss_nn.networks import RNDVectorNetwork, WorldModel
+from rlloss_nn.networks import Agent, Continuous, Discrete, RNDVectorNetwork, WorldModel
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, needs_cuda])]
+
+
+def on_gpu(test: Any) -> Any:
+    """A test that says nothing on a CPU."""
+    return pytest.mark.cuda(needs_cuda(test))
 
 
 def to(device: str, tree: Any) -> Any:
     return torch.utils._pytree.tree_map(lambda x: x.detach().to(device) if isinstance(x, torch.Tensor) else x, tree)
 
 
+@pytest.fixture(params=DEVICES)
+def device(request: Any) -> Any:
+    return request.param
+
+
 @pytest.fixture
-def no_waiting() -> Any:
+def no_waiting(device: str) -> Any:
     """Raise where the host would wait for the device."""
 
     def guarded(function: Any, *args: Any) -> Any:
+        if device == "cpu":
+            return function(*args)
         function(*args)  # the first call may load kernels
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -36,6 +49,7 @@ def no_waiting() -> Any:
     return guarded
 
 
+@on_gpu
 @pytest.mark.parametrize("compiled", [False, True])
 def test_random_bits_are_those_of_the_cpu(compiled: bool) -> None:
     def draw(key: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -79,16 +93,89 @@ def model_case() -> tuple[Any, tuple[Any, ...]]:
     return grad_and_value(loss), (params, batch)
 
 
-@pytest.mark.parametrize("case", [rnd_case, model_case])
-def test_losses_and_gradients_are_those_of_the_cpu_without_waiting(case: Any, no_waiting: Any) -> None:
+SIZES = {"deter": 16, "hidden": 8, "stoch": 3, "classes": 4, "units": 8, "layers": 1, "num_reward_bins": 7}
+
+
+def small_agent() -> Agent:
+    """Of two actions, with heads that are not zero any more."""
+    agent = Agent((5,), {"steer": Continuous(2), "jump": Discrete(3)}, num_value_bins=7, **SIZES)
+    with torch.no_grad():
+        for p in agent.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return agent
+
+
+def act_case() -> tuple[Any, tuple[Any, ...]]:
+    agent = small_agent()
+    act, params = functionalize(agent, method="act")
+    is_first = torch.tensor([True, False, False])
+    return act, (params, agent.initial(3), torch.randn(3, 5), is_first, agent.noise(3))
+
+
+def whole_case() -> tuple[Any, tuple[Any, ...]]:
+    module = small_agent()
+    agent, params = module.functional()
+    noise, rollouts = module.noise(2, 3), module.noise(2 * 3, 3)
+    batch = {
+        "observation": torch.randn(2, 3, 5),
+        "action": torch.randn(2, 3, module.action_dim),
+        "reward": torch.randn(2, 3),
+        "is_first": torch.tensor([[True, False, False], [True, False, True]]),
+        "is_last": torch.tensor([[False, False, False], [False, True, False]]),
+        "terminated": torch.rand(2, 3) < 0.2,
+        "noise": noise["latent"],
+    }
+    state = rlloss.DreamerV3State({k: 0.9 * x for k, x in params["critic"].items()}, rlloss.return_range_init())
+    rollouts = {"policy": rollouts["policy"], "dynamics": rollouts["latent"][:, :2]}
+
+    def loss(params: Any, state: Any, batch: Any, noise: Any) -> Any:
+        knobs = {"horizon": 2, "num_reward_bins": 7}
+        value, _, after = rlloss.dreamer_v3_loss(params, state, batch, noise, agent=agent, **knobs)
+        return value, after.return_range
+
+    return grad_and_value(loss, has_aux=True), (params, state, batch, rollouts)
+
+
+def optimiser_case() -> tuple[Any, tuple[Any, ...]]:
+    params = {"weight": torch.randn(4, 3), "bias": torch.zeros(3), "still": torch.ones(2)}
+    grads = {"weight": torch.randn(4, 3), "bias": torch.randn(3), "still": torch.zeros(2)}
+
+    def update(params: Any, grads: Any, state: Any) -> Any:
+        for _ in range(3):
+            params, state = rlloss.laprop_update(params, grads, state, learning_rate=0.1, warmup=2)
+        return params, state
+
+    return update, (params, grads, rlloss.laprop_init(params))
+
+
+def slow_case() -> tuple[Any, tuple[Any, ...]]:
+    return rlloss.ema_update, ({"weight": torch.randn(4, 3)}, {"weight": torch.randn(4, 3)})
+
+
+def range_case() -> tuple[Any, tuple[Any, ...]]:
+    state = rlloss.ReturnRange(torch.tensor(-1.0), torch.tensor(2.0))
+
+    def move(state: Any, returns: Any) -> Any:
+        state = rlloss.return_range_update(state, returns)
+        return rlloss.return_range_update(state, returns * torch.inf), rlloss.return_range_scale(state)
+
+    return move, (state, torch.randn(7, 9))
+
+
+CASES = [rnd_case, model_case, act_case, whole_case, optimiser_case, slow_case, range_case]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_results_and_gradients_are_those_of_the_cpu_without_waiting(case: Any, device: str, no_waiting: Any) -> None:
     function, args = case()
     expected = function(*to("cpu", args))
-    got = no_waiting(function, *to("cuda", args))
+    got = no_waiting(function, *to(device, args))
     torch.testing.assert_close(to("cpu", got), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", [rnd_case, model_case])
-def test_losses_can_be_captured_in_a_graph(case: Any) -> None:
+@on_gpu
+@pytest.mark.parametrize("case", CASES)
+def test_everything_can_be_captured_in_a_graph(case: Any) -> None:
     function, args = case()
     args = to("cuda", args)
     expected = function(*args)
@@ -103,9 +190,9 @@ def test_losses_can_be_captured_in_a_graph(case: Any) -> None:
     torch.testing.assert_close(captured, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_ensemble_without_waiting(no_waiting: Any) -> None:
+def test_ensemble_without_waiting(device: str, no_waiting: Any) -> None:
     function, args = rnd_case()
-    args = to("cuda", args)
+    args = to(device, args)
     stacked = {name: torch.stack([p, 2 * p]) for name, p in args[0].items()}
     _, losses = no_waiting(vmap(function, in_dims=(0, None, None, None, None)), stacked, *args[1:])
     torch.testing.assert_close(losses[0], function(*args)[1], rtol=1e-4, atol=1e-5)

@@ -1,7 +1,9 @@
 """DreamerV3's behaviour: golden numbers, the formulas in loops, what stops where, and every refusal."""
 
 import math
+from types import MappingProxyType
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -485,6 +487,16 @@ def test_reductions_of_the_value_losses(empty):
         match = rf"{function.__name__}: reduction must be one of 'mean', 'sum', 'none', got 'max'"
         with pytest.raises(ValueError, match=match):
             function(params, slow, batch, critic=critic, reduction="max")
+
+
+@pytest.mark.parametrize("estimator", ["score", "pathwise"])
+def test_any_mapping_is_a_policy_and_an_action(estimator):
+    policy, action = {"turn": NORMAL, "steer": NORMAL}, {"turn": ACT, "steer": ACT + 1}
+    expected = actor(policy, {"action": action}, estimator=estimator)
+    assert_close(actor(MappingProxyType(policy), {"action": MappingProxyType(action)}, estimator=estimator), expected)
+    now = {name: x[:, :-1] for name, x in action.items()}
+    terms = dreamer_v3_actor_terms(MappingProxyType(policy), MappingProxyType(now), ADV, W, estimator=estimator)
+    assert_close(terms, expected[1]["terms"])
 
 
 def test_evaluated_policy_in_the_actor_loss():
@@ -1242,6 +1254,39 @@ def test_whole_objective_is_the_sum_of_its_losses_each_with_its_own_gradient(sta
     assert not any(x.requires_grad for x in tree_leaves(aux))
 
 
+def test_replay_loss_of_detached_features_leaves_the_world_model_alone():
+    params, state, batch, _ = whole(dtype=torch.float64)
+    replayed = {name: batch[name] for name in ("reward", "terminated", "is_last")} | {"bootstrap": batch["reward"] + 1}
+
+    def objective(params, weight, repval_grad):
+        knobs = {**DREAMER_V3_OFFICIAL, **KNOBS_OF_MODEL}
+        model, aux = dreamer_v3_model_loss(params["world_model"], batch, world_model=world_model, **knobs)
+        states = aux["outputs"]["state"]
+        features = states if repval_grad else tree_map(torch.detach, states)
+        return model + weight * replay_loss(params["critic"], state.slow_critic, {**replayed, "features": features})
+
+    alone = grad(objective)(params, 0.0, False)["world_model"]
+    without, with_gradient = (grad(objective)(params, 0.3, repval_grad) for repval_grad in (False, True))
+    assert all(torch.equal(x, alone[name]) for name, x in without["world_model"].items())
+    assert any(not torch.equal(x, alone[name]) for name, x in with_gradient["world_model"].items())
+    assert_close(without["critic"], with_gradient["critic"])
+    assert not zero(without["critic"]["critic"])
+
+
+def test_sizes_may_be_integers_of_numpy():
+    params, state, batch, noise = whole(starts=2)
+    expected = whole_loss(params, state, batch, noise, starts=2)
+    assert_close(whole_loss(params, state, batch, noise, starts=np.int64(2), horizon=np.int64(2)), expected)
+
+
+def test_whole_objective_without_a_slow_critic():
+    params, state, batch, noise = whole()
+    expected = whole_loss(params, state, batch, noise, slow_weight=0.0)
+    loss, aux, after = whole_loss(params, state._replace(slow_critic=None), batch, noise, slow_weight=0.0)
+    assert_close((loss, aux["losses"], after.return_range), (expected[0], expected[1]["losses"], expected[2][1]))
+    assert after.slow_critic is None
+
+
 def test_slow_critic_and_range_get_no_gradient():
     params, state, batch, noise = whole()
     gradients = grad(lambda slow: whole_loss(params, state._replace(slow_critic=slow), batch, noise)[0])(
@@ -1307,7 +1352,7 @@ def actor(policy=NORMAL, batch=None, **knobs):
     return dreamer_v3_actor_loss({}, entries, actor=lambda params, features: policy, **knobs)
 
 
-def objective(entry=None, value=None, drop=False, agent=AGENT, **knobs):
+def objective(entry=None, value=None, drop=False, agent=AGENT, change=lambda state: state, **knobs):
     """The whole objective with one entry of one of its arguments exchanged or taken out."""
     params, state, batch, noise = whole()
     for mapping in (params, batch):
@@ -1316,7 +1361,15 @@ def objective(entry=None, value=None, drop=False, agent=AGENT, **knobs):
         elif entry in mapping or entry == "mask":
             mapping[entry] = value
     params.pop("mask", None)
-    return dreamer_v3_loss(params, state, batch, noise, agent=agent, **{"horizon": 2, **KNOBS_OF_MODEL, **knobs})
+    knobs = {"horizon": 2, **KNOBS_OF_MODEL, **knobs}
+    return dreamer_v3_loss(params, change(state), batch, noise, agent=agent, **knobs)
+
+
+def unused(*_):
+    raise AssertionError("a network ran before the arguments were checked")
+
+
+IDLE = DreamerV3Agent(*[unused] * len(AGENT))
 
 
 def value(prediction=LOGITS, slow_params=None, batch=None, params=None, **knobs):
@@ -1465,7 +1518,17 @@ def replayed_value(batch=None, **knobs):
         (
             lambda: actor(policy={"turn": NORMAL}, batch={"action": {"turn": ACT, "press": ACT}}),
             KeyError,
-            r"policy_log_prob: action must be a mapping with \['turn'\] like policy, got keys \['press', 'turn'\]",
+            r"dreamer_v3_actor_loss: the policy must be a mapping with \['press', 'turn'\] like action, got keys \['t",
+        ),
+        (
+            lambda: actor(policy={"turn": NORMAL, "press": NORMAL}, batch={"action": {"turn": ACT}}),
+            KeyError,
+            r"actor_loss: the policy must be a mapping with \['turn'\] like action, got keys \['press', 'turn'\]",
+        ),
+        (
+            lambda: dreamer_v3_actor_terms({"turn": NORMAL}, {"turm": ACT[:, 1:]}, ADV, W),
+            KeyError,
+            r"dreamer_v3_actor_terms: the policy must be a mapping with \['turm'\] like action, got keys \['turn'\]",
         ),
         (
             lambda: actor(policy={"turn": NORMAL}),
@@ -1590,11 +1653,45 @@ def replayed_value(batch=None, **knobs):
             ValueError,
             r"dreamer_v3_loss: is_last must be of shape \[2, 3\] like the batch, got bool \[2, 2\]",
         ),
-        (lambda: objective(starts=1), ValueError, r"starts must be in \[2, 3\], or None for all T, got 1"),
-        (lambda: objective(starts=4), ValueError, r"starts must be in \[2, 3\], or None for all T, got 4"),
+        (lambda: objective(starts=1), ValueError, r"dreamer_v3_loss: starts must be in \[2, 3\], got 1"),
+        (lambda: objective(starts=4), ValueError, r"dreamer_v3_loss: starts must be in \[2, 3\], got 4"),
+        (
+            lambda: objective(starts=2.0),
+            TypeError,
+            r"dreamer_v3_loss: starts must be an int, or None for all T, got float 2.0",
+        ),
+        (lambda: objective(starts=True), TypeError, r"starts must be an int, or None for all T, got bool True"),
+        (lambda: objective(horizon=True), TypeError, r"imagine: horizon must be an int, got bool True"),
+        (
+            lambda: objective(agent=IDLE, change=lambda state: None),
+            TypeError,
+            r"dreamer_v3_loss: state must be a DreamerV3State, got NoneType",
+        ),
+        (
+            lambda: objective(agent=IDLE, change=lambda state: state._replace(return_range=None)),
+            TypeError,
+            r"dreamer_v3_loss: state.return_range must be a ReturnRange of tensors low, high, got NoneType",
+        ),
+        (
+            lambda: objective(agent=IDLE, change=lambda state: state._replace(slow_critic={"v": R})),
+            ValueError,
+            r"dreamer_v3_loss: state.slow_critic must be of the structure of params\['critic'\], got nothing where "
+            r"params\['critic'\] have \[5, 11\] at \['critic'\]. Start them as a copy",
+        ),
+        (
+            lambda: objective(agent=IDLE, change=lambda state: state._replace(slow_critic=None)),
+            ValueError,
+            r"dreamer_v3_loss: state.slow_critic must be of the structure of .*or set slow_weight=0",
+        ),
+        (
+            lambda: objective(agent=IDLE, lambda_continue=0.0),
+            ValueError,
+            r"dreamer_v3_loss: lambda_continue must be above 0, got 0.0. Rollouts go on as the continuation says",
+        ),
         (lambda: objective(horizon=0), ValueError, r"imagine: horizon must be at least 1, got 0"),
         (lambda: objective(horizon=3), ValueError, r"noise\['policy'\] must be of 4 steps in dimension 1"),
         (lambda: objective(lambda_actor=-1.0), ValueError, r"lambda_actor must be at least 0, got -1.0"),
+        (lambda: objective(slow_weight="1"), TypeError, r"dreamer_v3_loss: slow_weight must be a number or a 0-d"),
         (lambda: objective(lambda_kll=1.0), TypeError, r"each knob must be one of .*Did you mean 'lambda_kl'\?"),
         (
             lambda: objective(agent=AGENT._replace(world_model=lambda p, b: {**world_model(p, b), "state": None})),

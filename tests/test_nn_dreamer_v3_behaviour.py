@@ -346,6 +346,20 @@ def test_state_dict_of_another_shape_is_refused_by_name_and_nothing_overwritten(
         assert all(torch.equal(x, before[name]) for name, x in loss.state_dict().items())
 
 
+def test_state_dict_of_other_names_is_refused_and_nothing_overwritten():
+    loss = actor_loss()
+    before = {name: x.clone() for name, x in loss.state_dict().items()}
+    given = {name: x + 1 for name, x in before.items()}
+    high = given.pop("return_range.high")
+    for bad, what in ((given, r"missing \['return_range.high'\]"), ({**before, "top": high}, r"unexpected \['top'\]")):
+        with pytest.raises(KeyError, match=rf"DreamerV3ActorLoss.load_state_dict: state_dict must be .*{what}"):
+            loss.load_state_dict(bad)
+        assert all(torch.equal(x, before[name]) for name, x in loss.state_dict().items())
+    loss.load_state_dict(given, strict=False)
+    assert torch.equal(loss.return_low, given["return_range.low"])
+    assert torch.equal(loss.return_high, before["return_range.high"])
+
+
 def test_casts_leave_the_range_wide():
     loss = actor_loss().to(torch.bfloat16)
     assert loss.return_low.dtype == torch.float32
@@ -358,14 +372,24 @@ def test_value_estimators_of_torchrl():
     loss.make_value_estimator("TD0", gamma=0.9)
     assert (loss.gamma, loss.lmbda) == (0.9, 0.0)
     loss.make_value_estimator("TD1")
-    assert (loss.gamma, loss.lmbda) == (0.99, 1.0)
+    assert (loss.gamma, loss.lmbda) == (0.9, 1.0)
     loss.make_value_estimator(gamma=0.5, lmbda=0.25)
     assert (loss.gamma, loss.lmbda) == (0.5, 0.25)
+    loss.make_value_estimator()
+    assert (loss.gamma, loss.lmbda) == (0.5, 0.25), "kept where not given"
     match = r"make_value_estimator: value_type must be one of 'TDLambda', 'TD0', 'TD1', got 'GAE'"
     with pytest.raises(ValueError, match=match):
         loss.make_value_estimator("GAE")
     with pytest.raises(ValueError, match=r"make_value_estimator: gamma must be in \[0, 1\], got 2"):
         loss.make_value_estimator(gamma=2)
+
+
+@pytest.mark.parametrize(("name", "said"), [("gamma", "discount"), ("lmbda", "lmbda")])
+def test_knobs_that_are_set_later_are_checked_at_the_call(name, said):
+    loss = actor_loss()
+    setattr(loss, name, 3.0)
+    with pytest.raises(ValueError, match=rf"{said} must be in \[0, 1\], got 3.0"):
+        loss(starts())
 
 
 def test_lambda_target():

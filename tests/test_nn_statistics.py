@@ -140,6 +140,9 @@ def test_state_dict_of_another_shape_is_refused_and_nothing_overwritten():
     # torch alone would take the first number of a vector.
     with pytest.raises(ValueError, match=r"'count' must be of shape \[\] like the module's own, got float64 \[2\]"):
         other.load_state_dict({**before, "count": torch.ones(2, dtype=torch.float64)})
+    with pytest.raises(KeyError, match=r"RunningMeanStd.load_state_dict: state_dict must be .* missing \['count'\]"):
+        other.load_state_dict({"mean": torch.ones(3), "var": torch.ones(3)})
+    assert all(torch.equal(x, before[name]) for name, x in other.state_dict().items())
     parent = torch.nn.ModuleDict({"rms": other})
     with pytest.raises(ValueError, match=r"'rms.mean' must be of shape \[3\]"):
         parent.load_state_dict({f"rms.{name}": x for name, x in state.items()})

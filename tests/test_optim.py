@@ -219,6 +219,12 @@ def test_a_zero_parameter_can_move():
     assert clipped.norm().item() == pytest.approx(3e-4, rel=1e-6)
 
 
+def test_a_clip_of_0_leaves_nothing(variant):
+    params, grads = {"x": torch.ones(2), "y": torch.ones(2)}, {"x": torch.zeros(2), "y": torch.tensor([3.0, 4.0])}
+    clipped = variant(lambda *args: adaptive_clip(*args[:2], clip=args[2]))(params, grads, torch.tensor(0.0))
+    assert_close(clipped, {"x": torch.zeros(2), "y": torch.zeros(2)}, rtol=0, atol=0)
+
+
 def test_no_gradient_moves_nothing(variant):
     params = {"x": torch.tensor([1.0, 0.0])}
     state = laprop_init(params)

@@ -331,6 +331,7 @@ def test_more_returns_than_torch_quantile_takes():
     assert state == ReturnRange(torch.tensor(1.0), torch.tensor(1.0))
 
 
+# Deliberately not as in the author's code, where a NaN makes the range NaN for good.
 def test_returns_that_are_not_finite_change_nothing(variant):
     state, update = ReturnRange(torch.tensor(-1.0), torch.tensor(2.0)), variant(return_range_update)
     for bad in BAD:
