@@ -1,5 +1,7 @@
 """The agent: what it does in an environment, and that its functional form is the same agent."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils._pytree import tree_flatten, tree_map
@@ -153,6 +155,27 @@ def test_the_whole_objective_trains_every_parameter(agent):
     assert aux["losses"]["actor"].isfinite()
     untouched = [name for name, p in agent.named_parameters() if p.grad is None or not p.grad.any()]
     assert untouched == []
+
+
+# What is given to a compiled step has a history; torch warns itself that it looks for a gradient there.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_the_compiled_objective_is_the_same():
+    agent, outcomes = randomised(Agent((5,), Continuous(2), num_value_bins=7, **SMALL).double()), []
+    batch, noise = make_batch(agent, length=3), rollout_noise(agent, 2 * 3, 2)
+    torch.compiler.reset()
+    for step_backend in (None, "aot_eager"):
+        functions, params = agent.functional(step_backend=step_backend)
+        state = rlloss.DreamerV3State(params["critic"], rlloss.return_range_init(dtype=torch.float64))
+        objective = partial(rlloss.dreamer_v3_loss, agent=functions, horizon=2, num_reward_bins=7)
+        if step_backend is not None:
+            # The backend that is soon done: what is under test is how steps and objective are cut.
+            objective = torch.compile(objective, backend="eager")
+        loss, aux, state = objective(params, state, batch, noise)
+        grads = torch.autograd.grad(loss, tree_flatten(params)[0])
+        outcomes.append(tree_flatten([loss, aux["losses"], aux["targets"], tuple(state.return_range), grads])[0])
+    torch.testing.assert_close(outcomes[1], outcomes[0])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        objective(params, rlloss.DreamerV3State(params["critic"], state.return_range), batch, noise)
 
 
 def test_actions_are_concatenated_in_the_order_of_their_names():

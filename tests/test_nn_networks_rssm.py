@@ -1,5 +1,7 @@
 """The RSSM against the author's own numbers, and what it promises beyond them."""
 
+import copy
+import pickle
 from functools import partial
 
 import pytest
@@ -375,6 +377,45 @@ def test_a_second_call_does_not_recompile():
         torch.testing.assert_close(compiled(*inputs), rssm.observe(*inputs))
         with torch.compiler.set_stance("fail_on_recompile"):
             compiled(*sequences(steps=2))
+
+
+# What is given to a compiled step has a history; torch warns itself that it looks for a gradient there.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_steps_are_the_same_steps():
+    rssm, inputs, state = small(), sequences(), random_state()
+    inputs[2][1, 2] = True
+    compiled = copy.deepcopy(rssm)
+    compiled.compile_steps(backend="aot_eager")
+
+    def run(rssm):
+        observed = rssm.observe(*inputs, state)
+        imagined = rssm.imagine(observed.state, inputs[1], inputs[3])
+        step = rssm.imagine_step(observed.state, inputs[1][:, 0], inputs[3][:, 0])
+        loss = observed.deter.square().sum() + imagined.prior_logits.square().sum() + step[1].square().sum()
+        grads = torch.autograd.grad(loss, list(rssm.parameters()))
+        return observed, imagined, step, grads
+
+    torch.testing.assert_close(run(compiled), run(rssm))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        run(compiled)
+
+    params = {k: v.detach() for k, v in rssm.named_parameters()}
+
+    def loss(rssm, params):
+        return functional_call(rssm, params, (*inputs, state)).deter.square().sum()
+
+    wanted = torch.func.grad(partial(loss, rssm))(params)
+    torch.testing.assert_close(torch.func.grad(partial(loss, compiled))(params), wanted)
+
+
+def test_a_copy_is_not_compiled():
+    rssm, inputs = small(), sequences()
+    expected = rssm.observe(*inputs)
+    rssm.compile_steps(backend="aot_eager")
+    for other in (copy.deepcopy(rssm), pickle.loads(pickle.dumps(rssm))):
+        assert rssm.compiled is not None
+        assert other.compiled is None
+        torch.testing.assert_close(other.observe(*inputs), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

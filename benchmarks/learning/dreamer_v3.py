@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
 import tyro
@@ -27,19 +26,16 @@ from tqdm import tqdm
 
 import rlloss
 from benchmarks.learning.environments import Task
-from benchmarks.learning.records import Log, draw_curve, draw_open_loop, read_checkpoint, write_checkpoint
+from benchmarks.learning.records import Log, draw_run, read_checkpoint, refuse_used, write_checkpoint
 from rlloss_nn import functionalize
 from rlloss_nn.networks import Agent, Discrete, RSSMState
-
-matplotlib.use("Agg")  # there may be no screen
-from matplotlib import pyplot as plt
 
 LOSSES = ("dynamic", "representation", "reco", "reward", "continue", "actor", "value", "replay_value", "entropy")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Settings of a run; the defaults are the author's for 1M parameters."""
+    """Settings of a run; the defaults are the author's for 1M parameters and vectors, in float32."""
 
     task: str = "CartPole-v1"  # gymnasium name, or dmc:domain_task
     image: bool = False  # see rendered images of 64x64 pixels instead of the task's own observations
@@ -50,7 +46,7 @@ class Config:
     seed: int = 0
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = 0  # CPU threads of torch; 0: its own choice
-    compile: bool = False  # compile the loss; takes minutes, pays off in long runs
+    compile: bool = False  # compile the loss; takes a while at the start, pays off in long runs
     checkpoint_every: int = 5_000  # environment steps
 
     envs: int = 16
@@ -163,7 +159,7 @@ def make_learner(agent: Agent) -> Learner:
 
 def make_update(agent: Agent, config: Config) -> Callable[..., tuple[Learner, dict[str, Any]]]:
     """One step of training as a function: equal arguments, equal results, and nothing is changed."""
-    functions, _ = agent.functional()
+    functions, _ = agent.functional(step_backend="inductor" if config.compile else None)
 
     def loss(params: Any, state: Any, batch: Any, noise: Any) -> Any:
         return rlloss.dreamer_v3_loss(
@@ -172,7 +168,7 @@ def make_update(agent: Agent, config: Config) -> Callable[..., tuple[Learner, di
             lambda_reco=config.reco,
         )  # fmt: skip
 
-    loss = torch.compile(loss, fullgraph=True) if config.compile else loss
+    loss = torch.compile(loss) if config.compile else loss
 
     def update(learner: Learner, batch: dict[str, Any], noise: dict[str, Any]) -> tuple[Learner, dict[str, Any]]:
         leaves, spec = tree_flatten(learner.params)
@@ -244,6 +240,8 @@ class Run:
 
     def train(self) -> None:
         config, began = self.config, time.monotonic() - self.seconds
+        if self.step == 0:
+            self.save()
         prefill = max(config.prefill, 2 * config.envs * self.replay.length)
         bar = tqdm(total=config.steps, initial=self.step, unit="step", mininterval=1.0)
         with bar, Log(config.logdir, self.columns, self.rows) as log:
@@ -341,10 +339,15 @@ class Run:
         seen = min(5, self.config.length - 1)
         generator = torch.Generator(self.config.device).manual_seed(0)
         batch, _ = make_batch(self.replay.newest(), self.agent, dataclasses.replace(self.config, batch=1), generator)
+        # What follows the end of an episode cannot be foreseen.
+        resets = batch["is_first"][0, seen + 1 :].nonzero()
+        stop = seen + 1 + int(resets[0]) if len(resets) else None
+        state = batch.pop("state")
+        batch = tree_map(lambda x: x[:, :stop], batch)
         self.agent.load_state_dict(flat(self.learner.params))
         model, key = self.agent.world_model, self.tasks[0].key
         with torch.no_grad():
-            first = model({**tree_map(lambda x: x[:, :seen], batch), "state": batch["state"]})
+            first = model({**tree_map(lambda x: x[:, :seen], batch), "state": state})
             state = RSSMState(first["deter"][:, -1], first["stoch"][:, -1])
             later = model.rssm.imagine(state, batch["action"][:, seen:], torch.zeros_like(batch["noise"][:, seen:]))
             future = model.predict(later.deter, later.stoch)
@@ -353,13 +356,9 @@ class Run:
         return (real / 255, predicted, seen) if key == "image" else (real, rlloss.symexp(predicted), seen)
 
     def draw(self) -> None:
-        figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5), layout="constrained")
-        draw_curve(left, self.rows)
-        if self.replay.count >= self.replay.length:
-            draw_open_loop(right, *self.open_loop())
-        figure.suptitle(f"{self.config.task}, seed {self.config.seed}: {self.step} steps, {self.updates} updates")
-        figure.savefig(self.config.logdir / "picture.png", dpi=110)
-        plt.close(figure)
+        title = f"{self.config.task}, seed {self.config.seed}: {self.step} steps, {self.updates} updates"
+        enough = self.replay.count >= self.replay.length
+        draw_run(self.config.logdir, title, self.rows, self.open_loop() if enough else None)
 
 
 def flat(params: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -376,10 +375,13 @@ def settings(config: Config) -> dict[str, Any]:
 def main() -> None:
     presets = {"published": ("The author's settings for 1M parameters.", PUBLISHED), "cpu": ("Classic control.", CPU)}
     config = tyro.extras.overridable_config_cli(presets, description=__doc__)
+    for name in ("envs", "batch", "length", "horizon", "checkpoint_every"):
+        if getattr(config, name) < 1:
+            raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}.")
     torch.set_num_threads(config.threads or torch.get_num_threads())
     config.logdir.mkdir(parents=True, exist_ok=True)
-    if not config.resume and (config.logdir / "checkpoint.pt").exists():
-        raise SystemExit(f"{config.logdir} has a run in it: choose another --logdir, or go on with it by --resume.")
+    if not config.resume:
+        refuse_used(config.logdir)
     run = Run(config)
     if config.resume:
         run.load()
@@ -388,12 +390,9 @@ def main() -> None:
         run.save()
     except KeyboardInterrupt:
         print("\nInterrupted. --resume goes on from the last checkpoint.")
-    returns = [row["return"] for row in run.rows[-20:]]
-    mean = sum(returns) / max(1, len(returns))
-    print(f"{run.step} steps, {run.updates} updates, {run.seconds / 60:.1f} minutes.")
-    print(f"Mean return of the last {len(returns)} episodes: {mean:.1f}")
     run.draw()
-    print(f"Written to {config.logdir}: picture.png, metrics.csv, TensorBoard events, checkpoint.pt")
+    print(f"{run.step} steps, {run.updates} updates, {run.seconds / 60:.1f} minutes. Written to {config.logdir}.")
+    print(f"Mean return of the last 20 episodes: {run.summary()['return']}")
 
 
 if __name__ == "__main__":

@@ -2,15 +2,19 @@
 
 import csv
 import os
-import pickle
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+
+matplotlib.use("Agg")  # there may be no screen
+from matplotlib import pyplot as plt
 
 Row = Mapping[str, float]
 
@@ -26,7 +30,7 @@ class Log:
         self.csv = csv.DictWriter(self.file, fields)
         self.csv.writeheader()
         self.csv.writerows(rows)
-        self.events = SummaryWriter(str(folder), purge_step=int(rows[-1]["step"]) + 1 if rows else None)
+        self.events = SummaryWriter(str(folder), purge_step=int(rows[-1]["step"]) + 1 if rows else 0)
 
     def write(self, row: Row) -> None:
         self.csv.writerow(row)
@@ -43,14 +47,15 @@ class Log:
 
 
 def write_checkpoint(folder: Path, checkpoint: Mapping[str, Any]) -> None:
-    """Writes checkpoint.pt, which is whole or not there; the one before it stays as previous.pt."""
-    path = folder / "checkpoint.pt"
+    """Writes checkpoint.pt, which is a whole one at every moment; the one before it stays as previous.pt."""
+    path, previous = folder / "checkpoint.pt", folder / "previous.pt"
     with open(path.with_suffix(".tmp"), "wb") as file:
         torch.save(checkpoint, file)
         file.flush()
         os.fsync(file.fileno())
     if path.exists():
-        os.replace(path, folder / "previous.pt")
+        previous.unlink(missing_ok=True)
+        os.link(path, previous)
     os.replace(path.with_suffix(".tmp"), path)
 
 
@@ -59,19 +64,45 @@ def read_checkpoint(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]
     for path in (folder / "checkpoint.pt", folder / "previous.pt"):
         if not path.exists():
             continue
-        try:
-            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        if not is_whole(path):
             # Aside with it, or the next save would put it in the place of the whole one.
             os.replace(path, path.with_suffix(".damaged"))
-            print(f"{path} is not a whole checkpoint ({type(error).__name__}): the one before it is used.")
+            print(f"{path} is not a whole checkpoint; the one before it is used.")
             continue
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         saved = checkpoint["settings"]
         other = [f"{name} {saved.get(name)!r}, not {x!r}" for name, x in settings.items() if saved.get(name) != x]
         if other:
             raise SystemExit(f"--resume with other settings than those of {path}: it has {'; '.join(other)}.")
+        print(f"Going on from {path}.")
         return checkpoint
     raise SystemExit(f"--resume, but there is no whole checkpoint in {folder}.")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file has all that was written: its directory, at the end, and the checksum of every part."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as file:
+        return file.testzip() is None
+
+
+def refuse_used(folder: Path) -> None:
+    """Stops where a new run would overwrite another."""
+    used = [name for name in ("checkpoint.pt", "previous.pt", "metrics.csv") if (folder / name).exists()]
+    if used:
+        raise SystemExit(f"{folder} has {used[0]} of a run in it: choose another --logdir, or go on by --resume.")
+
+
+def draw_run(folder: Path, title: str, rows: Sequence[Row], open_loop: tuple[Tensor, Tensor, int] | None) -> None:
+    """picture.png: the learning curve and, where there is one, an open-loop prediction."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5), layout="constrained")
+    draw_curve(left, rows)
+    if open_loop is not None:
+        draw_open_loop(right, *open_loop)
+    figure.suptitle(title)
+    figure.savefig(folder / "picture.png", dpi=110)
+    plt.close(figure)
 
 
 def draw_curve(axes: Any, rows: Sequence[Row]) -> None:

@@ -17,7 +17,7 @@ from rlloss_nn.functional import functionalize
 from rlloss_nn.networks.heads import MLPHead
 from rlloss_nn.networks.layers import MLP, linear, positive
 from rlloss_nn.networks.observations import ObservationShape
-from rlloss_nn.networks.rssm import RSSMState
+from rlloss_nn.networks.rssm import RSSMState, opaque
 from rlloss_nn.networks.world_model import WorldModel
 
 
@@ -250,8 +250,16 @@ class Agent(nn.Module):
         }
         return {"latent": latent, "policy": policy[SINGLE] if self.single else policy}
 
-    def functional(self) -> tuple[DreamerV3Agent, dict[str, dict[str, Tensor]]]:
-        """``(agent, params)``, as :func:`rlloss.dreamer_v3_loss` takes them; nothing is copied."""
+    def functional(self, *, step_backend: str | None = None) -> tuple[DreamerV3Agent, dict[str, dict[str, Tensor]]]:
+        """``(agent, params)``, as :func:`rlloss.dreamer_v3_loss` takes them; nothing is copied.
+
+        Args:
+            step_backend: of ``torch.compile``, such as "inductor": one step of each loop over time is compiled and
+                used for all steps, see :meth:`RSSM.compile_steps`. With ``torch.compile(loss)`` around the loss (not
+                ``fullgraph``) all else is compiled too, in graphs without a loop. None compiles nothing.
+        """
+        if step_backend is not None:
+            self.world_model.rssm.compile_steps(backend=step_backend)
         model, features = self.world_model, self.world_model.features
         world_model, model_params = functionalize(model)
         actor, actor_params = functionalize(self.actor)
@@ -261,9 +269,13 @@ class Agent(nn.Module):
             _part(model, "reward_head"),
             _part(model, "continue_head"),
         )
+
+        def dynamics(params: Any, state: RSSMState, action: Any, noise: Tensor) -> Any:
+            return step(params, state, self.flatten_action(action), noise)[0]
+
         agent = DreamerV3Agent(
             world_model=lambda params, batch: with_state(world_model(params, batch)),
-            dynamics=lambda params, state, action, noise: step(params, state, self.flatten_action(action), noise)[0],
+            dynamics=dynamics if step_backend is None else opaque(dynamics),
             reward=lambda params, state: reward(params, features(*state)),
             continuation=lambda params, state: continuation(params, features(*state)).squeeze(-1),
             actor=lambda params, state: actor(params, features(*state)),

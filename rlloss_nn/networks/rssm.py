@@ -4,8 +4,8 @@ Source of all: Hafner et al. 2023 (arXiv:2301.04104), section "World model learn
 dreamerv3/rssm.py ``RSSM``.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -124,6 +124,23 @@ class RSSM(nn.Module):
         self.posterior_norm = RMSNorm(hidden)
         self.posterior_mlp = MLP(hidden, hidden, obs_layers - 1, act)
         self.posterior_logits = linear(hidden, stoch * classes)
+        self.compiled: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+
+    def compile_steps(self, *, backend: str = "inductor") -> None:
+        """Compile one step of :meth:`observe` and one of :meth:`imagine`, at their first call, for all steps.
+
+        A compiler that sees a loop over time unrolls it, which takes minutes for 64 steps. A step takes seconds, and
+        what else is compiled around the loop (not with ``fullgraph``) becomes a graph before it and one after it.
+        ``torch.func`` transforms work as before. A copy is as if this had not been called.
+
+        Args:
+            backend: as ``torch.compile`` takes it.
+        """
+        observe, imagine = (torch.compile(step, backend=backend) for step in (RSSM._observe, RSSM._imagine))
+        self.compiled = opaque(lambda rssm, *inputs: rssm._loop(observe, *inputs)), opaque(imagine)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "compiled": None}
 
     def forward(
         self, tokens: Tensor, action: Tensor, is_first: Tensor, noise: Tensor, state: RSSMState | None = None
@@ -169,14 +186,12 @@ class RSSM(nn.Module):
         deter_weight, token_weight = self._posterior_weights()
         token_inputs = functional.linear(tokens, token_weight, self.posterior_in.bias)
 
-        states, logits = [], []
         inputs = (is_first, action_inputs, token_inputs, noise)
-        for first, action_t, token_t, noise_t in zip(*(x.unbind(1) for x in inputs), strict=True):
-            state, logits_t = self._observe(state, first, action_t, token_t, noise_t, deter_weight)
-            states.append(state)
-            logits.append(logits_t)
-        deters, stochs = (torch.stack(x, 1) for x in zip(*states, strict=True))
-        return Observed(deters, stochs, self.prior(deters), torch.stack(logits, 1), state)
+        if self.compiled is None:
+            deters, stochs, logits, state = self._loop(RSSM._observe, state, inputs, deter_weight)
+        else:
+            deters, stochs, logits, state = self.compiled[0](self, state, inputs, deter_weight)
+        return Observed(deters, stochs, self.prior(deters), logits, state)
 
     def observe_step(
         self, state: RSSMState, tokens: Tensor, action: Tensor, is_first: Tensor, noise: Tensor
@@ -229,11 +244,11 @@ class RSSM(nn.Module):
 
         states, logits = [], []
         action_inputs = self._action_inputs(action)
+        step = RSSM._imagine if self.compiled is None else self.compiled[1]
         for action_input, noise_t in zip(action_inputs.unbind(1), noise.unbind(1), strict=True):
-            deter = self._core(state, action_input)
-            logits.append(self.prior(deter))
-            state = RSSMState(deter, self._sample(logits[-1], noise_t))
+            state, logits_t = step(self, state, action_input, noise_t)
             states.append(state)
+            logits.append(logits_t)
         deters, stochs = (torch.stack(x, 1) for x in zip(*states, strict=True))
         return Imagined(deters, stochs, torch.stack(logits, 1), state)
 
@@ -255,9 +270,10 @@ class RSSM(nn.Module):
         function = "RSSM.imagine_step"
         action = self._action(function, action, ("B",))
         noise = self._noise(function, noise, action.shape[:1])
-        deter = self._core(self._state(function, state, action.shape[0]), self._action_inputs(action))
-        logits = self.prior(deter)
-        return RSSMState(deter, self._sample(logits, noise)), logits
+        state = self._state(function, state, action.shape[0])
+        step = RSSM._imagine if self.compiled is None else self.compiled[1]
+        following: tuple[RSSMState, Tensor] = step(self, state, self._action_inputs(action), noise)
+        return following
 
     def core(self, state: RSSMState, action: Tensor) -> Tensor:
         """The deterministic step: a state and the action [B, action_dim] after it to the next deter [B, deter]."""
@@ -307,6 +323,26 @@ class RSSM(nn.Module):
         logits = self._posterior(deter, token_input, deter_weight)
         return RSSMState(deter, self._sample(logits, noise)), logits
 
+    def _imagine(self, state: RSSMState, action_input: Tensor, noise: Tensor) -> tuple[RSSMState, Tensor]:
+        """A step of the loop over actions."""
+        deter = self._core(state, action_input)
+        logits = self.prior(deter)
+        return RSSMState(deter, self._sample(logits, noise)), logits
+
+    def _loop(
+        self, step: Callable[..., Any], state: RSSMState, inputs: Sequence[Tensor], deter_weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, RSSMState]:
+        """The loop over time: deter, stoch and logits of all steps, and the last state."""
+        states, logits = [], []
+        for time, inputs_t in enumerate(zip(*(x.unbind(1) for x in inputs), strict=True)):
+            # A first state has no gradient: to compile it would be to compile a second kind of step.
+            run: Callable[..., Any] = step if time else RSSM._observe
+            state, logits_t = run(self, state, *inputs_t, deter_weight)
+            states.append(state)
+            logits.append(logits_t)
+        deters, stochs = (torch.stack(x, 1) for x in zip(*states, strict=True))
+        return deters, stochs, torch.stack(logits, 1), state
+
     def _action_inputs(self, action: Tensor) -> Tensor:
         # An action outside [-1, 1] enters as -1 or 1, but keeps a gradient, which a clamp would not.
         inputs: Tensor = self.action_in(action / action.detach().abs().clamp(min=1))
@@ -355,6 +391,17 @@ class RSSM(nn.Module):
         exact_shape(function, "state.stoch", stoch, (batch_size, self.stoch, self.classes))
         dtype = self.core_gates.bias.dtype
         return RSSMState(deter.to(dtype), stoch.to(dtype))
+
+
+def opaque(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` for a caller that may be compiled: the compiler does not look inside."""
+
+    # A function around it, for to disable what is itself compiled would undo that.
+    def call(*arguments: Any) -> Any:
+        return function(*arguments)
+
+    disabled: Callable[..., Any] = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
+    return disabled
 
 
 def _reset(state: RSSMState, is_first: Tensor) -> RSSMState:
