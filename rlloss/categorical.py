@@ -1,11 +1,12 @@
 r"""Vectors of categorical variables, given by logits [..., groups, classes]."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from rlloss import checks
+from rlloss import checks, fused
 from rlloss.types import Scalar
 
 
@@ -155,9 +156,7 @@ def categorical_kl_terms(
     posterior_logits, prior_logits = _posterior_and_prior(function, posterior_logits, prior_logits)
     checks.knob(function, "free_nats", free_nats, 0.0)
     checks.knob(function, "unimix", unimix, 0.0, 1.0)
-    posterior, prior = _unimix(posterior_logits, unimix), _unimix(prior_logits, unimix)
-    dynamics = _kl(posterior.detach(), prior).sum(-1)
-    representation = _kl(posterior, prior.detach()).sum(-1)
+    representation, dynamics = _divergences(posterior_logits, prior_logits, unimix, 2)
     return _at_least(dynamics, free_nats), _at_least(representation, free_nats)
 
 
@@ -222,11 +221,28 @@ def straight_through_one_hot(logits: Tensor, noise: Tensor) -> Tensor:
     return one_hot + (probabilities - probabilities.detach())
 
 
-def balanced_kl(posterior: Tensor, prior: Tensor, alpha: Scalar, free_bits: Scalar) -> Tensor:
-    """[..., groups]: what :func:`categorical_kl_balanced` averages; for checked logits."""
-    trains_prior = _at_least(_kl(posterior.detach(), prior), free_bits)
-    trains_posterior = _at_least(_kl(posterior, prior.detach()), free_bits)
-    return alpha * trains_prior + (1 - alpha) * trains_posterior
+def balanced_kl(
+    posterior: Tensor, prior: Tensor, alpha: Scalar, free_bits: Scalar, mix: Scalar = 0.0
+) -> Tensor:
+    """[..., groups]: what :func:`categorical_kl_balanced` averages, of mixtures with ``mix``; for checked logits."""
+    trains_posterior, trains_prior = _divergences(posterior, prior, mix, 1)
+    return alpha * _at_least(trains_prior, free_bits) + (1 - alpha) * _at_least(trains_posterior, free_bits)
+
+
+def _divergences(posterior: Tensor, prior: Tensor, mix: Scalar, dims: int) -> tuple[Tensor, Tensor]:
+    """The divergence that trains the posterior and the one that trains the prior, of each row of ``dims`` dimensions."""
+    formula = partial(_kl_pair, mix=mix, dims=dims)
+    # A mixture that may underflow, or is to be differentiated by its share, has no fast path.
+    if isinstance(mix, Tensor) or 0 < mix < 1e-6:
+        return formula(posterior, prior)
+    of_posterior, of_prior = fused.reduce(fused.Divergence(formula, dims, mix), posterior, prior)
+    return of_posterior, of_prior
+
+
+def _kl_pair(posterior: Tensor, prior: Tensor, *, mix: Scalar, dims: int) -> tuple[Tensor, Tensor]:
+    posterior, prior = _unimix(posterior, mix), _unimix(prior, mix)
+    pair = _kl(posterior, prior.detach()), _kl(posterior.detach(), prior)
+    return pair if dims == 1 else (pair[0].sum(-1), pair[1].sum(-1))
 
 
 def _kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:

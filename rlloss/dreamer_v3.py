@@ -2,6 +2,7 @@ r"""DreamerV3's losses, of the world model and of the behaviour: terms on tensor
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map, tree_structure
 
-from rlloss import checks
-from rlloss.categorical import balanced_kl, categorical_kl_terms, unimix
+from rlloss import checks, fused
+from rlloss.categorical import balanced_kl, categorical_kl_terms
 from rlloss.policy import (
     CategoricalPolicy,
     EvaluatedPolicy,
@@ -267,8 +268,7 @@ def _kl_terms(posterior: Tensor, prior: Tensor, k: Mapping[str, Any]) -> dict[st
     if k["kl_mode"] == "separate":
         dynamic, representation = categorical_kl_terms(posterior, prior, free_nats=k["free_bits"], unimix=k["unimix"])
         return {"dynamic": dynamic, "representation": representation}
-    posterior, prior = unimix(posterior, k["unimix"]), unimix(prior, k["unimix"])
-    return {"kl": balanced_kl(posterior, prior, k["kl_alpha"], k["free_bits"]).mean(-1)}
+    return {"kl": balanced_kl(posterior, prior, k["kl_alpha"], k["free_bits"], k["unimix"]).mean(-1)}
 
 
 def _reconstruction_term(outputs: Mapping[str, Any], batch: Batch, steps: _Steps, k: Mapping[str, Any]) -> Tensor:
@@ -288,24 +288,33 @@ def _reconstruction_term(outputs: Mapping[str, Any], batch: Batch, steps: _Steps
 
 def _head_term(head: str, target: Tensor, prediction: Tensor, steps: _Steps, k: Mapping[str, Any]) -> Tensor:
     is_image = isinstance(target, Tensor) and target.dtype == torch.uint8
-    target = checks.real(FUNCTION, f"observation {head!r}", target).detach()
+    target = target if is_image else checks.real(FUNCTION, f"observation {head!r}", target).detach()
     prediction = checks.floating(FUNCTION, f"reconstruction of {head!r}", prediction)
     checks.leading_shape(FUNCTION, f"observation {head!r}", target, "the logits", steps.shape)
     checks.same_shape(FUNCTION, f"reconstruction of {head!r}", prediction, "the observation", target.shape)
     target, prediction = steps.keep(target), steps.keep(prediction)
-    if is_image:
-        target = target.to(prediction.dtype) / 255
     transforms = k["reco_transform"]
     transform = transforms if isinstance(transforms, str) else transforms[head]
     if transform == "auto":
         transform = "none" if is_image else "symlog_target"
-    if transform != "none":
-        target = symlog(target)
-    if transform == "symlog":
-        prediction = symlog(prediction)
-    error = steps.flat(prediction - target)
-    error = error.square() if k["reco_loss"] == "l2" else error.abs()
-    return error.mean(-1) if k["global_average"] else error.sum(-1)
+    if prediction.ndim == len(steps.shape):
+        target, prediction = target.unsqueeze(-1), prediction.unsqueeze(-1)
+    dims, absolute = prediction.ndim - len(steps.shape), k["reco_loss"] == "l1"
+    symlogs = {"symlog_prediction": transform == "symlog", "symlog_target": transform != "none"}
+    formula = partial(_error_sum, dims=dims, absolute=absolute, **symlogs)
+    (error,) = fused.reduce(fused.ErrorSum(formula, dims, absolute, **symlogs), prediction, target)
+    return error / math.prod(prediction.shape[-dims:]) if k["global_average"] else error
+
+
+def _error_sum(
+    prediction: Tensor, target: Tensor, *, dims: int, absolute: bool, symlog_prediction: bool, symlog_target: bool
+) -> tuple[Tensor]:
+    if target.dtype == torch.uint8:
+        target = target.to(prediction.dtype) / 255
+    target = symlog(target) if symlog_target else target
+    prediction = symlog(prediction) if symlog_prediction else prediction
+    error = prediction - target
+    return ((error.abs() if absolute else error.square()).sum(tuple(range(-dims, 0))),)
 
 
 def _reward_term(outputs: Mapping[str, Any], batch: Batch, steps: _Steps, k: Mapping[str, Any]) -> Tensor:

@@ -6,7 +6,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from rlloss import checks
+from rlloss import checks, fused
 from rlloss.transforms import symexp
 
 
@@ -165,11 +165,14 @@ def two_hot_cross_entropy(logits: Tensor, target: Tensor, bins: Tensor) -> Tenso
     target = checks.real(function, "target", target).to(logits.dtype)
     guess = "A trailing dimension of 1? Pass target.squeeze(-1)." if target.shape[-1:] == (1,) else ""
     checks.same_shape(function, "target", target, "logits without the bins", logits.shape[:-1], guess)
-    lower, lower_weight, upper_weight = _neighbours(target, bins)
+    return fused.reduce(fused.TwoHotCrossEntropy(_cross_entropy), logits, *_neighbours(target, bins))[0]
+
+
+def _cross_entropy(logits: Tensor, lower: Tensor, lower_weight: Tensor, upper_weight: Tensor) -> tuple[Tensor]:
     log_probabilities = torch.log_softmax(logits, -1)
     below = torch.gather(log_probabilities, -1, lower[..., None]).squeeze(-1)
     above = torch.gather(log_probabilities, -1, lower[..., None] + 1).squeeze(-1)
-    return _weigh(lower_weight, -below) + _weigh(upper_weight, -above)
+    return (_weigh(lower_weight, -below) + _weigh(upper_weight, -above),)
 
 
 def _neighbours(x: Tensor, bins: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,400 @@
+r"""The hot reductions in one pass over memory; how fast paths are chosen, and nothing else.
+
+A loss does almost no arithmetic. Its time is the memory it touches, most of all the fresh pages of full-size
+temporaries; so a fast path has none, and writes each element of a gradient once.
+
+=============================================  ========  ============================================================
+where                                          path      why
+=============================================  ========  ============================================================
+under ``torch.compile`` and ``torch.export``   plain     the compiler fuses the formula itself, and better
+CPU, one float dtype (float32 or float64),     blocked   some rows at a time go through the whole formula while they
+``SMALLEST`` elements or more                            are in the cache
+CPU, fewer elements                            plain     calling a Function costs more than the temporaries
+anything else: other devices, mixed dtypes,    plain     no fast path was written
+subclasses of Tensor
+=============================================  ========  ============================================================
+
+Every path gives the same numbers, up to rounding. Under ``vmap`` a batch is more rows of the same pass, and the size
+that counts is that of one sample. Derivatives beyond the first are those of the plain formula.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vjp
+
+from rlloss import checks
+
+#: Elements of the first operand from which on a fast path pays.
+SMALLEST = 2**15
+
+Tensors = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A function of rows: leading dimensions of the operands stay, the trailing ones are summed over.
+
+    The first ``live`` operands are differentiated. There is a value for each of them, all equal, and the gradient of
+    the i-th value reaches the i-th operand alone.
+    """
+
+    formula: Callable[..., Tensors]  # operands -> ``live`` tensors [...]; its derivatives define those of any order
+    live = 1
+    scratch = 0  # how many tensors like a block of the first operand it writes into
+    block = 2**18  # elements of the first operand in a block: with the scratch, it stays in the cache
+
+    def trailing(self) -> tuple[int, ...]:
+        """How many dimensions of each operand are one row."""
+        raise NotImplementedError
+
+    def value(self, rows: Tensors, scratch: Tensors, out: Tensor) -> None:
+        """Write the value of each row into ``out`` [rows]."""
+        raise NotImplementedError
+
+    def slope(self, scales: Tensors, rows: Tensors, scratch: Tensors, out: Sequence[Tensor | None]) -> None:
+        """Write each live operand's gradient, times the row's scale, where ``out`` has a tensor for it."""
+        raise NotImplementedError
+
+
+def reduce(reduction: Reduction, *operands: Tensor) -> Tensors:
+    """``reduction.formula(*operands)``, by the fastest path there is."""
+    if not has_fast_path(operands):
+        return reduction.formula(*operands)
+    values: Tensors = _apply(_Value, reduction, *operands)
+    return values
+
+
+def has_fast_path(operands: Tensors) -> bool:
+    """The table at the head of this file."""
+    if torch.compiler.is_compiling() or operands[0].numel() < max(SMALLEST, 1):
+        return False
+    dtypes = {x.dtype for x in operands if x.is_floating_point()}
+    plain_tensors = all(type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" for x in operands)
+    return plain_tensors and len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64}
+
+
+class _Value(torch.autograd.Function):
+    """``(reduction, *operands) -> values``."""
+
+    @staticmethod
+    def forward(reduction: Reduction, *operands: Tensor) -> Tensors:
+        out = operands[0].new_empty(_leading(reduction, operands))
+        for (*rows, part), scratch in _blocks(reduction, (*operands, out), (*reduction.trailing(), 0)):
+            reduction.value(tuple(rows), scratch, part)
+        return out, *[out.clone() for _ in range(reduction.live - 1)]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.reduction, operands = inputs[0], inputs[1:]
+        ctx.save_for_backward(*operands)
+        ctx.save_for_forward(*operands)
+
+    @staticmethod
+    def backward(ctx: Any, *scales: Tensor) -> Any:
+        wanted = tuple(i for i in range(ctx.reduction.live) if ctx.needs_input_grad[1 + i])
+        if any(_legacy_batched(scale) for scale in scales):
+            # Batched values cannot be written into unbatched memory; the slope is linear in its scale.
+            ones = [ctx.saved_tensors[0].new_ones(scale.shape) for scale in scales]
+            slopes = _apply(_Slope, ctx.reduction, wanted, *ones, *ctx.saved_tensors)
+            slopes = [checks.align(scales[i], slope) * slope for i, slope in zip(wanted, slopes, strict=True)]
+        else:
+            slopes = _apply(_Slope, ctx.reduction, wanted, *scales, *ctx.saved_tensors)
+        return None, *_at(wanted, slopes, len(ctx.saved_tensors))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
+        reduction, operands = ctx.reduction, ctx.saved_tensors
+        one = operands[0].new_ones(_leading(reduction, operands))
+        wanted = tuple(i for i in range(reduction.live) if tangents[i] is not None)
+        slopes = _apply(_Slope, reduction, wanted, *[one] * reduction.live, *operands)
+        moved = _at(wanted, [_sum_to(one, s * tangents[i]) for i, s in zip(wanted, slopes, strict=True)], reduction.live)
+        return tuple(torch.zeros_like(one) if tangent is None else tangent for tangent in moved)
+
+    @staticmethod
+    def vmap(info: Any, dims: Any, reduction: Reduction, *operands: Tensor) -> Any:
+        return _apply(_Value, reduction, *_fold(info, dims[1:], operands)), (0,) * reduction.live
+
+
+class _Slope(torch.autograd.Function):
+    """``(reduction, wanted, *scales, *operands) -> gradients`` of the wanted operands, each row times its scale."""
+
+    @staticmethod
+    def forward(reduction: Reduction, wanted: tuple[int, ...], *tensors: Tensor) -> Tensors:
+        live, trailing = reduction.live, reduction.trailing()
+        outs = [_fresh(tensors[live + i], trailing[i]) for i in wanted]
+        counts = (*[0] * live, *trailing, *[trailing[i] for i in wanted])
+        for tensor, scratch in _blocks(reduction, (*tensors, *outs), counts, first=live):
+            rows, parts = tensor[live : len(tensors)], tensor[len(tensors) :]
+            reduction.slope(tensor[:live], rows, scratch, _at(wanted, parts, live))
+        return tuple(outs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.reduction, ctx.wanted, tensors = inputs[0], inputs[1], inputs[2:]
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *directions: Tensor) -> Any:
+        live, tensors = ctx.reduction.live, ctx.saved_tensors
+        of_scale, of_operand = {}, {}
+        for i, direction in zip(ctx.wanted, directions, strict=True):
+            slope = _plain_slope(ctx.reduction, i, tensors[live:])
+            of_scale[i], of_operand[i] = vjp(slope, tensors[i], tensors[live + i])[1](direction)
+        number = len(tensors) - live
+        return None, None, *[of_scale.get(i) for i in range(live)], *[of_operand.get(i) for i in range(number)]
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, __: Any, *tangents: Tensor | None) -> Any:
+        live, tensors = ctx.reduction.live, ctx.saved_tensors
+        moved = []
+        for i in ctx.wanted:
+            slope, scale, operand = _plain_slope(ctx.reduction, i, tensors[live:]), tensors[i], tensors[live + i]
+            total = torch.zeros_like(operand)
+            if tangents[i] is not None:
+                total = total + slope(tangents[i], operand)
+            if tangents[live + i] is not None:
+                # A row's second derivative is symmetric: pulling a direction back is pushing it forward.
+                total = total + vjp(lambda x, slope=slope, scale=scale: slope(scale, x), operand)[1](tangents[live + i])[0]
+            moved.append(total)
+        return tuple(moved)
+
+    @staticmethod
+    def vmap(info: Any, dims: Any, reduction: Reduction, wanted: tuple[int, ...], *tensors: Tensor) -> Any:
+        return _apply(_Slope, reduction, wanted, *_fold(info, dims[2:], tensors)), (0,) * len(wanted)
+
+
+@dataclass(frozen=True)
+class ErrorSum(Reduction):
+    """Sum of squared or absolute errors: (prediction [..., *row], target [..., *row])."""
+
+    dims: int  # of a row, at least 1
+    absolute: bool = False
+    symlog_prediction: bool = False
+    symlog_target: bool = False
+    scratch = 2
+    block = 2**19  # few and long blocks: rows are long, and the arithmetic is short
+
+    def trailing(self) -> tuple[int, ...]:
+        return self.dims, self.dims
+
+    def value(self, rows: Tensors, scratch: Tensors, out: Tensor) -> None:
+        prediction, target = rows
+        error, other = scratch
+        if self.symlog_prediction:
+            _symlog(prediction, error).sub_(self._target(target, other))
+        else:
+            torch.sub(prediction, self._target(target, other), out=error)
+        dims = tuple(range(1, error.ndim))
+        torch.linalg.vector_norm(error, 1 if self.absolute else 2, dim=dims, out=out)
+        if not self.absolute:
+            out.square_()
+
+    def slope(self, scales: Tensors, rows: Tensors, scratch: Tensors, out: Sequence[Tensor | None]) -> None:
+        (prediction, target), (error, (magnitude, other)) = rows, (out[0], scratch)
+        scale = scales[0].reshape(-1, *[1] * self.dims)
+        if error is None:
+            return
+        if self.symlog_prediction:
+            torch.abs(prediction, out=magnitude)
+            torch.log1p(magnitude, out=error).copysign_(prediction).sub_(self._target(target, other))
+        else:
+            torch.sub(prediction, self._target(target, other), out=error)
+        if self.absolute:
+            error.sgn_().mul_(scale)
+        else:
+            error.mul_(2 * scale)
+        if self.symlog_prediction:
+            error.div_(magnitude.add_(1))
+
+    def _target(self, target: Tensor, out: Tensor) -> Tensor:
+        """``target``, or what becomes of it, in ``out``; bytes become floats in [0, 1]."""
+        if target.dtype != torch.uint8:
+            return _symlog(target, out) if self.symlog_target else target
+        out.copy_(target).div_(255)
+        return out.log1p_() if self.symlog_target else out
+
+
+@dataclass(frozen=True)
+class TwoHotCrossEntropy(Reduction):
+    """Cross-entropy of a two-hot target: (logits [..., bins], lower, lower_weight, upper_weight [...] each).
+
+    Bin ``lower`` and the next one weigh ``lower_weight`` and ``upper_weight``; one that weighs 0 adds nothing.
+    """
+
+    scratch = 1
+
+    def trailing(self) -> tuple[int, ...]:
+        return 1, 0, 0, 0
+
+    def value(self, rows: Tensors, scratch: Tensors, out: Tensor) -> None:
+        logits, lower, lower_weight, upper_weight = rows
+        log_probabilities = torch.log_softmax(logits, -1, out=scratch[0])
+        below, above = (torch.gather(log_probabilities, 1, lower[:, None] + k).squeeze(1) for k in (0, 1))
+        below, above = (
+            torch.where(weight == 0, 0.0, -weight * nats)
+            for weight, nats in ((lower_weight, below), (upper_weight, above))
+        )
+        torch.add(below, above, out=out)
+
+    def slope(self, scales: Tensors, rows: Tensors, scratch: Tensors, out: Sequence[Tensor | None]) -> None:
+        logits, lower, *weights = rows
+        lower_weight, upper_weight = (weight * scales[0] for weight in weights)
+        if out[0] is not None:
+            torch.softmax(logits, -1, out=out[0]).mul_((lower_weight + upper_weight)[:, None])
+            out[0].scatter_add_(1, lower[:, None], -lower_weight[:, None])
+            out[0].scatter_add_(1, lower[:, None] + 1, -upper_weight[:, None])
+
+
+@dataclass(frozen=True)
+class Divergence(Reduction):
+    """KL divergence of categoricals mixed with the uniform one: (posterior, prior [..., (groups,) classes]).
+
+    The first value trains the posterior, the second the prior.
+    """
+
+    dims: int  # 1: a value for each categorical; 2: for their sum over groups
+    mix: float = 0.0
+    live = 2
+    scratch = 4
+
+    def trailing(self) -> tuple[int, ...]:
+        return self.dims, self.dims
+
+    def value(self, rows: Tensors, scratch: Tensors, out: Tensor) -> None:
+        p, log_ratio = scratch[:2]
+        if self.mix:
+            for logits, probabilities in zip(rows, scratch, strict=False):
+                self._mixed(torch.softmax(logits, -1, out=probabilities), probabilities)
+            torch.div(p, log_ratio, out=log_ratio).log_()
+        else:
+            self._log_ratio(rows, p, log_ratio)
+        torch.linalg.vecdot(p.flatten(1), log_ratio.flatten(1), out=out)
+
+    def slope(self, scales: Tensors, rows: Tensors, scratch: Tensors, out: Sequence[Tensor | None]) -> None:
+        of_posterior, of_prior = ((1 - self.mix) * scale.reshape(-1, *[1] * self.dims) for scale in scales)
+        p, q, ratio, other = scratch
+        if self.mix:
+            torch.softmax(rows[0], -1, out=p)
+            torch.softmax(rows[1], -1, out=q)
+            self._mixed(p, ratio).div_(self._mixed(q, other))
+            if out[1] is not None:
+                _softmax_slope(torch.mul(ratio, -of_prior, out=other), q, out[1])
+            ratio.log_()
+        else:
+            self._log_ratio(rows, p, ratio)
+            if out[1] is not None:
+                torch.softmax(rows[1], -1, out=out[1]).sub_(p).mul_(of_prior)
+        if out[0] is not None:
+            _softmax_slope(ratio.mul_(of_posterior), p, out[0])
+
+    def _mixed(self, probabilities: Tensor, out: Tensor) -> Tensor:
+        return torch.mul(probabilities, 1 - self.mix, out=out).add_(self.mix / probabilities.shape[-1])
+
+    def _log_ratio(self, rows: Tensors, p: Tensor, out: Tensor) -> None:
+        """Write the posterior's probabilities, and log(p / q), which is 0 where p is: 0 log 0 is 0."""
+        torch.log_softmax(rows[0], -1, out=p)
+        torch.log_softmax(rows[1], -1, out=out)
+        torch.sub(p, out, out=out)
+        torch.ops.aten.threshold_backward.grad_input(out, p.exp_(), 0, grad_input=out)
+
+
+def _softmax_slope(slope: Tensor, probabilities: Tensor, out: Tensor) -> Tensor:
+    """``slope`` by the probabilities as one by the logits."""
+    return torch._softmax_backward_data(slope, probabilities, -1, slope.dtype, grad_input=out)
+
+
+def _symlog(x: Tensor, out: Tensor) -> Tensor:
+    return torch.abs(x, out=out).log1p_().copysign_(x)
+
+
+def _apply(function: Any, *args: Any) -> Any:
+    return function.apply(*args)
+
+
+def _legacy_batched(x: Tensor) -> bool:
+    """Whether ``torch.autograd.grad(..., is_grads_batched=True)`` made it, which knows no batching rule of a Function."""
+    return " Batched" in str(torch._C._dispatch_keys(x)).replace("(", " ")
+
+
+def _at(places: Sequence[int], values: Sequence[Any], number: int) -> list[Any]:
+    """``number`` entries: the values at their places, None elsewhere."""
+    by_place = dict(zip(places, values, strict=True))
+    return [by_place.get(i) for i in range(number)]
+
+
+def _plain_slope(reduction: Reduction, i: int, operands: Tensors) -> Callable[[Tensor, Tensor], Tensor]:
+    """``(scale, operand) -> scale * gradient`` of the formula by its i-th operand, the others held."""
+
+    def slope(scale: Tensor, operand: Tensor) -> Tensor:
+        def value(x: Tensor) -> Tensor:
+            return reduction.formula(*operands[:i], x, *operands[i + 1 :])[i]
+
+        gradient: Tensor = vjp(value, operand)[1](scale)[0]
+        return gradient
+
+    return slope
+
+
+def _sum_to(like: Tensor, x: Tensor) -> Tensor:
+    """The sum over all dimensions of ``x`` behind those of ``like``."""
+    return x.sum(tuple(range(like.ndim, x.ndim)))
+
+
+def _leading(reduction: Reduction, operands: Tensors) -> torch.Size:
+    return operands[0].shape[: operands[0].ndim - reduction.trailing()[0]]
+
+
+def _fold(info: Any, dims: Sequence[int | None], tensors: Tensors) -> list[Tensor]:
+    """The batch as one more leading dimension, shared tensors expanded."""
+    pairs = zip(tensors, dims, strict=True)
+    return [x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in pairs]
+
+
+def _fresh(like: Tensor, trailing: int) -> Tensor:
+    """Memory for a gradient, in the order of ``like`` if its rows can be counted there."""
+    out = torch.empty_like(like)
+    return out if _viewable(out, trailing) else like.new_empty(like.shape)
+
+
+def _blocks(
+    reduction: Reduction, tensors: Tensors, trailing: tuple[int, ...], first: int = 0
+) -> Iterator[tuple[Tensors, Tensors]]:
+    """Blocks of rows ``[rows, *row]`` of all tensors, and scratch like that of the first operand."""
+    scratch: Tensors = ()
+    for group in _rows(tensors, trailing, first, reduction.block):
+        count, elements = group[first].shape[0], math.prod(group[first].shape[1:])
+        step = max(1, min(count, reduction.block // max(1, elements)))
+        if not scratch:
+            scratch = tuple(torch.empty_like(group[first][:step]) for _ in range(reduction.scratch))
+        for start in range(0, count, step):
+            block = tuple(x[start : start + step] for x in group)
+            yield block, tuple(x[: block[first].shape[0]] for x in scratch)
+
+
+def _rows(tensors: Tensors, trailing: tuple[int, ...], first: int, block: int) -> Iterator[Tensors]:
+    """All tensors with one leading dimension, as views, in parts if there is no other way.
+
+    Where parts would be small, what cannot be viewed is copied instead.
+    """
+    pairs = list(zip(tensors, trailing, strict=True))
+    leading = tensors[0].ndim - trailing[0]
+    part = math.prod(tensors[first].shape[1:])
+    if leading > 1 and 8 * part >= block and not all(_viewable(x, dims) for x, dims in pairs):
+        for index in range(tensors[0].shape[0]):
+            yield from _rows(tuple(x[index] for x in tensors), trailing, first, block)
+    else:
+        rows = math.prod(tensors[0].shape[:leading])
+        yield tuple(x.reshape(rows, *x.shape[leading:]) for x in tensors)
+
+
+def _viewable(x: Tensor, trailing: int) -> bool:
+    """Whether the leading dimensions can be counted as one without a copy."""
+    leading = x.ndim - trailing
+    steps = [(size, stride) for size, stride in zip(x.shape[:leading], x.stride()[:leading], strict=True) if size != 1]
+    return all(stride == size * inner for (_, stride), (size, inner) in zip(steps, steps[1:], strict=False))
