@@ -221,16 +221,14 @@ def straight_through_one_hot(logits: Tensor, noise: Tensor) -> Tensor:
     return one_hot + (probabilities - probabilities.detach())
 
 
-def balanced_kl(
-    posterior: Tensor, prior: Tensor, alpha: Scalar, free_bits: Scalar, mix: Scalar = 0.0
-) -> Tensor:
+def balanced_kl(posterior: Tensor, prior: Tensor, alpha: Scalar, free_bits: Scalar, mix: Scalar = 0.0) -> Tensor:
     """[..., groups]: what :func:`categorical_kl_balanced` averages, of mixtures with ``mix``; for checked logits."""
     trains_posterior, trains_prior = _divergences(posterior, prior, mix, 1)
     return alpha * _at_least(trains_prior, free_bits) + (1 - alpha) * _at_least(trains_posterior, free_bits)
 
 
 def _divergences(posterior: Tensor, prior: Tensor, mix: Scalar, dims: int) -> tuple[Tensor, Tensor]:
-    """The divergence that trains the posterior and the one that trains the prior, of each row of ``dims`` dimensions."""
+    """The divergences that train the posterior and the prior, of each row of ``dims`` dimensions."""
     formula = partial(_kl_pair, mix=mix, dims=dims)
     # A mixture that may underflow, or is to be differentiated by its share, has no fast path.
     if isinstance(mix, Tensor) or 0 < mix < 1e-6:

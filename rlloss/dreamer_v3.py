@@ -299,10 +299,14 @@ def _head_term(head: str, target: Tensor, prediction: Tensor, steps: _Steps, k: 
         transform = "none" if is_image else "symlog_target"
     if prediction.ndim == len(steps.shape):
         target, prediction = target.unsqueeze(-1), prediction.unsqueeze(-1)
-    dims, absolute = prediction.ndim - len(steps.shape), k["reco_loss"] == "l1"
-    symlogs = {"symlog_prediction": transform == "symlog", "symlog_target": transform != "none"}
-    formula = partial(_error_sum, dims=dims, absolute=absolute, **symlogs)
-    (error,) = fused.reduce(fused.ErrorSum(formula, dims, absolute, **symlogs), prediction, target)
+    dims = prediction.ndim - len(steps.shape)
+    options = {
+        "dims": dims,
+        "absolute": k["reco_loss"] == "l1",
+        "symlog_prediction": transform == "symlog",
+        "symlog_target": transform != "none",
+    }
+    (error,) = fused.reduce(fused.ErrorSum(partial(_error_sum, **options), **options), prediction, target)
     return error / math.prod(prediction.shape[-dims:]) if k["global_average"] else error
 
 

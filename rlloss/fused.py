@@ -8,7 +8,7 @@ where                                          path      why
 =============================================  ========  ============================================================
 under ``torch.compile`` and ``torch.export``   plain     the compiler fuses the formula itself, and better
 CPU, one float dtype (float32 or float64),     blocked   some rows at a time go through the whole formula while they
-``SMALLEST`` elements or more                            are in the cache
+``smallest`` elements or more                            are in the cache
 CPU, fewer elements                            plain     calling a Function costs more than the temporaries
 anything else: other devices, mixed dtypes,    plain     no fast path was written
 subclasses of Tensor
@@ -21,16 +21,14 @@ that counts is that of one sample. Derivatives beyond the first are those of the
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.func import vjp
 
 from rlloss import checks
-
-#: Elements of the first operand from which on a fast path pays.
-SMALLEST = 2**15
 
 Tensors = tuple[Tensor, ...]
 
@@ -47,6 +45,9 @@ class Reduction:
     live = 1
     scratch = 0  # how many tensors like a block of the first operand it writes into
     block = 2**18  # elements of the first operand in a block: with the scratch, it stays in the cache
+    smallest = 2**16  # elements of the first operand from which on the fast path pays
+    integers: ClassVar[tuple[torch.dtype, ...]] = ()  # dtypes it reads, besides one of floats
+    any_layout = False  # whether its kernels are right for a gradient that is not contiguous
 
     def trailing(self) -> tuple[int, ...]:
         """How many dimensions of each operand are one row."""
@@ -63,17 +64,17 @@ class Reduction:
 
 def reduce(reduction: Reduction, *operands: Tensor) -> Tensors:
     """``reduction.formula(*operands)``, by the fastest path there is."""
-    if not has_fast_path(operands):
+    if not has_fast_path(reduction, operands):
         return reduction.formula(*operands)
     values: Tensors = _apply(_Value, reduction, *operands)
     return values
 
 
-def has_fast_path(operands: Tensors) -> bool:
+def has_fast_path(reduction: Reduction, operands: Tensors) -> bool:
     """The table at the head of this file."""
-    if torch.compiler.is_compiling() or operands[0].numel() < max(SMALLEST, 1):
+    if torch.compiler.is_compiling() or operands[0].numel() < max(reduction.smallest, 1):
         return False
-    dtypes = {x.dtype for x in operands if x.is_floating_point()}
+    dtypes = {x.dtype for x in operands} - set(reduction.integers)
     plain_tensors = all(type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" for x in operands)
     return plain_tensors and len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64}
 
@@ -112,7 +113,9 @@ class _Value(torch.autograd.Function):
         one = operands[0].new_ones(_leading(reduction, operands))
         wanted = tuple(i for i in range(reduction.live) if tangents[i] is not None)
         slopes = _apply(_Slope, reduction, wanted, *[one] * reduction.live, *operands)
-        moved = _at(wanted, [_sum_to(one, s * tangents[i]) for i, s in zip(wanted, slopes, strict=True)], reduction.live)
+        moved = _at(
+            wanted, [_sum_to(one, s * tangents[i]) for i, s in zip(wanted, slopes, strict=True)], reduction.live
+        )
         return tuple(torch.zeros_like(one) if tangent is None else tangent for tangent in moved)
 
     @staticmethod
@@ -126,7 +129,7 @@ class _Slope(torch.autograd.Function):
     @staticmethod
     def forward(reduction: Reduction, wanted: tuple[int, ...], *tensors: Tensor) -> Tensors:
         live, trailing = reduction.live, reduction.trailing()
-        outs = [_fresh(tensors[live + i], trailing[i]) for i in wanted]
+        outs = [_fresh(reduction, tensors[live + i], trailing[i]) for i in wanted]
         counts = (*[0] * live, *trailing, *[trailing[i] for i in wanted])
         for tensor, scratch in _blocks(reduction, (*tensors, *outs), counts, first=live):
             rows, parts = tensor[live : len(tensors)], tensor[len(tensors) :]
@@ -142,12 +145,13 @@ class _Slope(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *directions: Tensor) -> Any:
         live, tensors = ctx.reduction.live, ctx.saved_tensors
-        of_scale, of_operand = {}, {}
+        pulled = []
         for i, direction in zip(ctx.wanted, directions, strict=True):
             slope = _plain_slope(ctx.reduction, i, tensors[live:])
-            of_scale[i], of_operand[i] = vjp(slope, tensors[i], tensors[live + i])[1](direction)
-        number = len(tensors) - live
-        return None, None, *[of_scale.get(i) for i in range(live)], *[of_operand.get(i) for i in range(number)]
+            pulled.append(vjp(slope, tensors[i], tensors[live + i])[1](direction))
+        of_scales = _at(ctx.wanted, [of_scale for of_scale, _ in pulled], live)
+        of_operands = _at(ctx.wanted, [of_operand for _, of_operand in pulled], len(tensors) - live)
+        return None, None, *of_scales, *of_operands
 
     @staticmethod
     def jvp(ctx: Any, _: None, __: Any, *tangents: Tensor | None) -> Any:
@@ -160,7 +164,9 @@ class _Slope(torch.autograd.Function):
                 total = total + slope(tangents[i], operand)
             if tangents[live + i] is not None:
                 # A row's second derivative is symmetric: pulling a direction back is pushing it forward.
-                total = total + vjp(lambda x, slope=slope, scale=scale: slope(scale, x), operand)[1](tangents[live + i])[0]
+                total = (
+                    total + vjp(lambda x, slope=slope, scale=scale: slope(scale, x), operand)[1](tangents[live + i])[0]
+                )
             moved.append(total)
         return tuple(moved)
 
@@ -178,12 +184,16 @@ class ErrorSum(Reduction):
     symlog_prediction: bool = False
     symlog_target: bool = False
     scratch = 2
-    block = 2**19  # few and long blocks: rows are long, and the arithmetic is short
+    smallest = 2**18
+    integers = (torch.uint8,)
+    any_layout = True
 
     def trailing(self) -> tuple[int, ...]:
+        """As for every :class:`Reduction`."""
         return self.dims, self.dims
 
     def value(self, rows: Tensors, scratch: Tensors, out: Tensor) -> None:
+        """As for every :class:`Reduction`."""
         prediction, target = rows
         error, other = scratch
         if self.symlog_prediction:
@@ -196,21 +206,22 @@ class ErrorSum(Reduction):
             out.square_()
 
     def slope(self, scales: Tensors, rows: Tensors, scratch: Tensors, out: Sequence[Tensor | None]) -> None:
-        (prediction, target), (error, (magnitude, other)) = rows, (out[0], scratch)
+        """As for every :class:`Reduction`."""
+        (prediction, target), (error, other) = rows, scratch
         scale = scales[0].reshape(-1, *[1] * self.dims)
-        if error is None:
-            return
         if self.symlog_prediction:
-            torch.abs(prediction, out=magnitude)
-            torch.log1p(magnitude, out=error).copysign_(prediction).sub_(self._target(target, other))
+            _symlog(prediction, error).sub_(self._target(target, other))
         else:
             torch.sub(prediction, self._target(target, other), out=error)
         if self.absolute:
-            error.sgn_().mul_(scale)
-        else:
-            error.mul_(2 * scale)
+            error.sgn_()
+        scale = scale if self.absolute else 2 * scale
+        if out[0] is None:
+            return
         if self.symlog_prediction:
-            error.div_(magnitude.add_(1))
+            torch.div(error.mul_(scale), torch.abs(prediction, out=other).add_(1), out=out[0])
+        else:
+            torch.mul(error, scale, out=out[0])
 
     def _target(self, target: Tensor, out: Tensor) -> Tensor:
         """``target``, or what becomes of it, in ``out``; bytes become floats in [0, 1]."""
@@ -228,11 +239,15 @@ class TwoHotCrossEntropy(Reduction):
     """
 
     scratch = 1
+    smallest = 2**21  # the plain formula has no dense target either
+    integers = (torch.int64,)
 
     def trailing(self) -> tuple[int, ...]:
+        """As for every :class:`Reduction`."""
         return 1, 0, 0, 0
 
     def value(self, rows: Tensors, scratch: Tensors, out: Tensor) -> None:
+        """As for every :class:`Reduction`."""
         logits, lower, lower_weight, upper_weight = rows
         log_probabilities = torch.log_softmax(logits, -1, out=scratch[0])
         below, above = (torch.gather(log_probabilities, 1, lower[:, None] + k).squeeze(1) for k in (0, 1))
@@ -243,6 +258,7 @@ class TwoHotCrossEntropy(Reduction):
         torch.add(below, above, out=out)
 
     def slope(self, scales: Tensors, rows: Tensors, scratch: Tensors, out: Sequence[Tensor | None]) -> None:
+        """As for every :class:`Reduction`."""
         logits, lower, *weights = rows
         lower_weight, upper_weight = (weight * scales[0] for weight in weights)
         if out[0] is not None:
@@ -264,9 +280,11 @@ class Divergence(Reduction):
     scratch = 4
 
     def trailing(self) -> tuple[int, ...]:
+        """As for every :class:`Reduction`."""
         return self.dims, self.dims
 
     def value(self, rows: Tensors, scratch: Tensors, out: Tensor) -> None:
+        """As for every :class:`Reduction`."""
         p, log_ratio = scratch[:2]
         if self.mix:
             for logits, probabilities in zip(rows, scratch, strict=False):
@@ -277,6 +295,7 @@ class Divergence(Reduction):
         torch.linalg.vecdot(p.flatten(1), log_ratio.flatten(1), out=out)
 
     def slope(self, scales: Tensors, rows: Tensors, scratch: Tensors, out: Sequence[Tensor | None]) -> None:
+        """As for every :class:`Reduction`."""
         of_posterior, of_prior = ((1 - self.mix) * scale.reshape(-1, *[1] * self.dims) for scale in scales)
         p, q, ratio, other = scratch
         if self.mix:
@@ -318,7 +337,7 @@ def _apply(function: Any, *args: Any) -> Any:
 
 
 def _legacy_batched(x: Tensor) -> bool:
-    """Whether ``torch.autograd.grad(..., is_grads_batched=True)`` made it, which knows no batching rule of a Function."""
+    """Whether ``torch.autograd.grad(..., is_grads_batched=True)`` made it: it asks no Function how to batch."""
     return " Batched" in str(torch._C._dispatch_keys(x)).replace("(", " ")
 
 
@@ -356,10 +375,10 @@ def _fold(info: Any, dims: Sequence[int | None], tensors: Tensors) -> list[Tenso
     return [x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in pairs]
 
 
-def _fresh(like: Tensor, trailing: int) -> Tensor:
-    """Memory for a gradient, in the order of ``like`` if its rows can be counted there."""
+def _fresh(reduction: Reduction, like: Tensor, trailing: int) -> Tensor:
+    """Memory for a gradient, in the order of ``like`` if its kernel can write and its rows can be counted there."""
     out = torch.empty_like(like)
-    return out if _viewable(out, trailing) else like.new_empty(like.shape)
+    return out if reduction.any_layout and _viewable(out, trailing) else like.new_empty(like.shape)
 
 
 def _blocks(
@@ -371,7 +390,9 @@ def _blocks(
         count, elements = group[first].shape[0], math.prod(group[first].shape[1:])
         step = max(1, min(count, reduction.block // max(1, elements)))
         if not scratch:
-            scratch = tuple(torch.empty_like(group[first][:step]) for _ in range(reduction.scratch))
+            layout = torch.preserve_format if reduction.any_layout else torch.contiguous_format
+            like = group[first][:step]
+            scratch = tuple(torch.empty_like(like, memory_format=layout) for _ in range(reduction.scratch))
         for start in range(0, count, step):
             block = tuple(x[start : start + step] for x in group)
             yield block, tuple(x[: block[first].shape[0]] for x in scratch)
@@ -397,4 +418,4 @@ def _viewable(x: Tensor, trailing: int) -> bool:
     """Whether the leading dimensions can be counted as one without a copy."""
     leading = x.ndim - trailing
     steps = [(size, stride) for size, stride in zip(x.shape[:leading], x.stride()[:leading], strict=True) if size != 1]
-    return all(stride == size * inner for (_, stride), (size, inner) in zip(steps, steps[1:], strict=False))
+    return all(stride == size * inner for (_, stride), (size, inner) in pairwise(steps))

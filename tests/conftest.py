@@ -11,8 +11,11 @@ import torch
 from hypothesis import settings
 from torch.utils._pytree import tree_map
 
+from rlloss import fused
+
 GOLDEN = Path(__file__).parent / "golden"
-VARIANTS = ("eager", "vmap", "compile", "compiled_vmap")
+VARIANTS = ("eager", "vmap", "compile", "compiled_vmap", "fused", "fused_vmap")
+REDUCTIONS = (fused.Reduction, fused.ErrorSum, fused.TwoHotCrossEntropy, fused.Divergence)
 
 # Tensors here are small, and several processes share the cores.
 torch.set_num_threads(1)
@@ -56,14 +59,29 @@ def _vmapped(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def take_path(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Whatever their size, reductions take the "fused" path where there is one, or the "plain" formula."""
+    for reduction in REDUCTIONS:
+        monkeypatch.setattr(reduction, "smallest", 0 if name == "fused" else 2**62)
+
+
+@pytest.fixture(params=("plain", "fused"))
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a test on the plain formulas and on the fused reductions."""
+    take_path(monkeypatch, request.param)
+
+
 @pytest.fixture(params=VARIANTS)
-def variant(request: pytest.FixtureRequest) -> Iterator[Callable[..., Callable[..., Any]]]:
-    """Run a function of tensors eager, vmapped, compiled (fullgraph) and compiled after vmap.
+def variant(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Callable[..., Any]]]:
+    """Run a function of tensors eager, vmapped, compiled (fullgraph) and compiled after vmap, and the first two fused.
 
     `variant(f)(*args)` must equal `f(*args)`. Positional arguments are pytrees of tensors; bind everything static
     (apply functions, knobs, None) with a lambda or functools.partial. A test that takes the fixture and never calls
     what it gave back fails.
     """
+    take_path(monkeypatch, "fused" if "fused" in request.param else "plain")
     calls = []
 
     def wrap(function: Callable[..., Any], backend: str = "aot_eager") -> Callable[..., Any]:

@@ -217,6 +217,7 @@ def test_balanced_gradients_are_the_formula(variant, dtype):
     assert_close(variant(torch.func.grad(categorical_kl_balanced, (0, 1)))(post, prior), expected, **TOLERANCE[dtype])
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("alpha", ["0.8", "0.5", "1", "0"])
 @pytest.mark.parametrize("free_bits", ["1", "0.1", "0"])
 @both
@@ -237,6 +238,7 @@ def test_free_bits_are_the_least_a_categorical_costs(p, q, alpha, free_bits):
     assert all((x >= free_bits).all() for x in categorical_kl_terms(post, prior, free_nats=free_bits))
 
 
+@pytest.mark.usefixtures("path")
 def test_balanced_clamps_each_categorical_and_terms_clamp_the_sum():
     # 32 small divergences: below the threshold each, above it together.
     post, prior = torch.randn(32, 32) * 0.2, torch.randn(32, 32) * 0.2
@@ -266,6 +268,7 @@ def test_terms_are_the_formula(variant, dtype):
         assert_close(terms, (torch.tensor(expected, dtype=dtype),) * 2, **TOLERANCE[dtype])
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("case", KL_CASES)
 @both
 def test_golden_terms(golden, case, dtype):
@@ -294,6 +297,7 @@ def test_golden_terms(golden, case, dtype):
         assert_close(entropy, file[f"{case}.out.met.{name}_ent"].to(dtype), **tolerance)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("mix", ["0", "0.01"])
 @pytest.mark.parametrize("free_nats", ["1", "0"])
 @both
@@ -488,6 +492,7 @@ def test_tangents_stop(variant):
     assert_close(sample, torch.func.jvp(lambda p: torch.softmax(p, -1), (post,), (direction,))[1])
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("name", ["kl", "entropy", "unimix", "dynamics", "representation"])
 def test_derivatives_against_finite_differences(name):
     held = torch.randn(2, 3, dtype=torch.float64)
@@ -503,6 +508,7 @@ def test_derivatives_against_finite_differences(name):
     assert torch.autograd.gradgradcheck(function, logits, check_fwd_over_rev=True)
 
 
+@pytest.mark.usefixtures("path")
 def test_balanced_derivatives_against_finite_differences():
     # Each half with the other side held, which finite differences do not do on their own.
     held = torch.randn(1, 2, 3, dtype=torch.float64)
@@ -568,6 +574,7 @@ def test_dtypes(function, dtype):
         assert torch.equal(result, wanted)
 
 
+@pytest.mark.usefixtures("path")
 @every
 def test_extreme_half_precision_is_finite(function):
     arguments = [torch.tensor([[65504.0, -65504.0, 0.0]], dtype=torch.float16) for _ in CALLS[function]()]

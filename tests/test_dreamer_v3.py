@@ -124,6 +124,7 @@ def torchrl_tensors(data, case, dtype):
     return outputs, batch, read("pred_reward")
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("alpha", [0.8, 0.5, 0.0])
 def test_torchrl_grid(golden, alpha, dtype):
@@ -147,6 +148,7 @@ def test_torchrl_grid(golden, alpha, dtype):
     assert checked == 48
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_torchrl_grid_gradients(golden, dtype):
     data = golden("10a_torchrl_model_loss")
@@ -180,6 +182,7 @@ def test_torchrl_grid_gradients(golden, dtype):
     assert checked == {key for key in data if key.startswith("grid.grad.")}
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
     "case", ["weights", "separate_u0", "separate_u0.01", "separate_free0", "raw_uint8", "two_heads"]
@@ -226,6 +229,7 @@ def complete(lead, outputs, batch):
     return {"posterior_logits": logits, "prior_logits": logits, **heads, **outputs}, {**targets, **batch}
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
     ("shape", "scale", "mix", "free"),
@@ -258,6 +262,7 @@ def test_authors_dynamics_and_representation(golden, shape, scale, mix, free, dt
         assert torch.equal(gradients[stopped], torch.zeros_like(gradients[stopped]))
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
     ("case", "transform"),
@@ -309,6 +314,7 @@ def test_authors_continue(golden, case, dtype):
     relative(gradient, data[f"{case}.grad.loss.logit"], 1e-5)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("bins", [255, 41])
 def test_authors_two_hot_reward(golden, bins, dtype):
@@ -407,6 +413,7 @@ def steps_of(tree):
     return [tree_map(lambda x, b=b, t=t: x[b, t].tolist(), tree) for b in range(BATCH) for t in range(TIME)]
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize(
     "knobs",
     [
@@ -454,6 +461,7 @@ def unit_weights(knobs):
     return weights if knobs.get("lambda_continue", 0.0) > 0 else {**weights, "lambda_continue": 0.0}
 
 
+@pytest.mark.usefixtures("path")
 def test_terms_are_those_of_each_step():
     outputs, batch = with_heads()
     knobs = {**DREAMER_V3_OFFICIAL, "num_reward_bins": BINS, **unit_weights(DREAMER_V3_OFFICIAL)}
@@ -840,6 +848,7 @@ def test_mask_leaves_the_mean_over_the_steps_that_count():
     assert_close(grad_and_value(model_loss)(params, batch), grad_and_value(model_loss)(params, kept))
 
 
+@pytest.mark.usefixtures("path")
 def test_terms_are_zero_where_the_mask_is_false():
     outputs, batch = make_outputs(), make_batch(dtype=torch.float64, mask=True)
     plain = {name: value for name, value in batch.items() if name != "mask"}

@@ -12,6 +12,10 @@ import rlloss
 PACKAGE = Path(rlloss.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
+#: Functions that may write in place: kernels of fused.py, which see blocks of rows and write into scratch and output
+#: that the caller has just made, never into the rows. tests/test_fused.py checks that no argument changes.
+KERNELS = {"fused.py": {"value", "slope", "_target", "_mixed", "_log_ratio", "_softmax_slope", "_symlog"}}
+
 #: Methods ending in an underscore that write nothing in place. Empty: whoever adds one says why.
 HARMLESS: frozenset[str] = frozenset()
 
@@ -64,7 +68,9 @@ def looks_boolean(index):
     if isinstance(index, ast.UnaryOp):
         return isinstance(index.op, (ast.Invert, ast.Not))
     if isinstance(index, ast.BinOp):
-        return isinstance(index.op, (ast.BitAnd, ast.BitOr, ast.BitXor))
+        # `Sequence[Tensor | None]` is a type.
+        is_type = isinstance(index.right, ast.Constant) and index.right.value is None
+        return not is_type and isinstance(index.op, (ast.BitAnd, ast.BitOr, ast.BitXor))
     name = dotted(index.func if isinstance(index, ast.Call) else index).rsplit(".", 1)[-1]
     return "mask" in name or name.startswith(("is_", "isnan", "isfinite", "isinf"))
 
@@ -150,13 +156,26 @@ def violations(source):
     return found
 
 
+def lines_of(functions, source):
+    """Line numbers inside the functions of those names."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    spans = [range(node.lineno, node.end_lineno + 1) for node in nodes if node.name in functions]
+    return {line for span in spans for line in span}
+
+
 def test_there_is_something_to_look_at():
     assert {"checks.py", "dreamer_v3.py", "random.py", "rnd.py", "two_hot.py"} <= {file.name for file in FILES}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_source_is_pure(file):
-    found = [f"{file.name}:{line}: {text}" for line, text in violations(file.read_text())]
+    source = file.read_text()
+    kernels = lines_of(KERNELS.get(file.name, ()), source)
+    found = [
+        f"{file.name}:{line}: {text}"
+        for line, text in violations(source)
+        if not (line in kernels and ("in place" in text or "in-place" in text))
+    ]
     assert not found, "\n".join(found)
 
 
@@ -231,6 +250,7 @@ def test_each_kind_of_impurity_is_seen(source, text):
         "x[lower]",
         "batch['mask']",
         "torch.where(mask, x, 0)",
+        "def f(x: list[Tensor | None]): pass",
         "x.new_zeros(3).index_add(0, rows, x)",
         "from rlloss.random import bits",
         "def f():\n    import triton",

@@ -392,6 +392,7 @@ def test_no_tangent_leaves_what_is_constant(variant):
     assert_close(live, (gradient * direction).sum(-1))
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("name", ["cross_entropy", "decode"])
 def test_derivatives_against_finite_differences(name):
     bins, target = torch.tensor(GRID, dtype=torch.float64), torch.tensor([0.7, 30.0], dtype=torch.float64)

@@ -1,0 +1,445 @@
+"""The fused reductions against the plain formulas: numbers, every transform, memory, and who takes which path."""
+
+import contextlib
+import itertools
+import math
+from functools import partial
+
+import pytest
+import torch
+from conftest import take_path
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rlloss import categorical_kl_terms, dreamer_v3_model_terms, fused, symexp_bins, two_hot_cross_entropy
+from rlloss.categorical import _kl_pair
+from rlloss.dreamer_v3 import _error_sum
+from rlloss.two_hot import _cross_entropy, _neighbours
+
+BINS = torch.tensor([-5.0, -2.0, -0.5, 0.0, 1.0, 10.0], dtype=torch.float64)
+TOLERANCE = {torch.float64: {"rtol": 1e-9, "atol": 1e-9}, torch.float32: {"rtol": 1e-4, "atol": 1e-5}}
+
+
+def error_sum(dims=1, absolute=False, symlog_prediction=False, symlog_target=False):
+    knobs = {"absolute": absolute, "symlog_prediction": symlog_prediction, "symlog_target": symlog_target}
+    return fused.ErrorSum(partial(_error_sum, dims=dims, **knobs), dims, **knobs)
+
+
+def divergence(dims, mix):
+    return fused.Divergence(partial(_kl_pair, mix=mix, dims=dims), dims, mix)
+
+
+def two_hot(*lead, dtype=torch.float64):
+    """Logits, and what a target becomes."""
+    target = 6 * torch.randn(*lead, dtype=torch.float64)
+    return torch.randn(*lead, len(BINS), dtype=dtype), *_neighbours(target.to(dtype), BINS.to(dtype))
+
+
+def images(*shape, dtype=torch.float64):
+    return torch.randn(shape, dtype=dtype), torch.randint(0, 256, shape, dtype=torch.uint8)
+
+
+def normal(*shape, dtype=torch.float64):
+    return torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
+
+
+#: name -> (reduction, operands [3, 2, ...])
+CASES = {
+    f"error absolute={a:d} prediction={p:d} target={t:d}": (error_sum(2, a, p, t), lambda: normal(3, 2, 4, 3))
+    for a, p, t in itertools.product((False, True), repeat=3)
+}
+CASES |= {
+    f"image absolute={a:d} symlog={s:d}": (error_sum(2, a, s, s), lambda: images(3, 2, 4, 3))
+    for a, s in itertools.product((False, True), repeat=2)
+}
+CASES |= {
+    f"divergence dims={dims} mix={mix}": (divergence(dims, mix), lambda: normal(3, 2, 4, 3))
+    for dims, mix in itertools.product((1, 2), (0.0, 0.01, 1.0))
+}
+CASES["two_hot"] = fused.TwoHotCrossEntropy(_cross_entropy), lambda: two_hot(3, 2)
+every_case = pytest.mark.parametrize("name", CASES)
+
+
+def both(reduction, constants):
+    """The fused values and the plain ones as functions of the live operands."""
+    return (lambda *live: fused.reduce(reduction, *live, *constants)), lambda *live: reduction.formula(
+        *live, *constants
+    )
+
+
+def weighted(function, *weights):
+    return lambda *live: sum((w * value).sum() for w, value in zip(weights, function(*live), strict=False))
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """Every size takes the fused path, in blocks of a few rows."""
+    take_path(monkeypatch, "fused")
+    monkeypatch.setattr(fused.Reduction, "block", 30)
+
+
+@contextlib.contextmanager
+def counted(monkeypatch, method):
+    """The blocks that go through a kernel."""
+    calls = []
+    for reduction in (fused.ErrorSum, fused.TwoHotCrossEntropy, fused.Divergence):
+        kernel = getattr(reduction, method)
+        monkeypatch.setattr(reduction, method, lambda *args, k=kernel: (calls.append(1), k(*args))[1])
+    yield calls
+
+
+# ---- every transform -------------------------------------------------------------------------------------------------
+
+
+TRANSFORMS = {
+    "value": lambda f, live, _: f(*live),
+    "grad": lambda f, live, _: grad(weighted(f, 2.0, 3.0), tuple(range(len(live))))(*live),
+    "jvp": lambda f, live, directions: jvp(f, live, directions),
+    "jvp of grad": lambda f, live, directions: jvp(grad(weighted(f, 0.3, 0.7)), live, directions),
+    "jacrev": lambda f, live, _: jacrev(f)(*live),
+    "jacfwd": lambda f, live, _: jacfwd(f)(*live),
+    "hessian": lambda f, live, _: hessian(weighted(f, 1.0, 2.0), tuple(range(len(live))))(*live),
+    "grad of grad": lambda f, live, _: grad(lambda *x: grad(weighted(f, 1.0, 1.0))(*x).pow(3).sum())(*live),
+    "grad of grad of grad": lambda f, live, _: grad(
+        lambda *x: grad(lambda *y: grad(weighted(f, 1.0, 1.0))(*y).square().sum())(*x).pow(3).sum()
+    )(*live),
+    "vmap": lambda f, live, _: vmap(f, 1)(*[torch.stack([x, 2 * x], 1) for x in live]),
+    "per-sample jvp of grad": lambda f, live, directions: vmap(
+        lambda x, d: jvp(lambda *y: grad(weighted(f, 1.0, 2.0))(*y), x, d)
+    )(tuple(torch.stack([x, 2 * x]) for x in live), tuple(torch.stack([d, -d]) for d in directions)),
+    "vmap of vmap of grad": lambda f, live, _: vmap(
+        vmap(grad(weighted(f, 1.0, 1.0)), (1, *[None] * (len(live) - 1))), (-1, *[0] * (len(live) - 1))
+    )(torch.stack([torch.stack([live[0], -live[0]], 1)] * 2, -1), *[torch.stack([x, 3 * x]) for x in live[1:]]),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@every_case
+@pytest.mark.usefixtures("fast")
+def test_transforms_are_those_of_the_formula(name, transform):
+    reduction, operands = CASES[name]
+    operands = operands()
+    live, constants = operands[: reduction.live], operands[reduction.live :]
+    directions = tuple(torch.randn_like(x) for x in live)
+    got, expected = (TRANSFORMS[transform](f, live, directions) for f in both(reduction, constants))
+    assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+@every_case
+@pytest.mark.usefixtures("fast")
+def test_steps_are_rows(name):
+    reduction, operands = CASES[name]
+    operands = operands()
+    expected = reduction.formula(*operands)
+    assert_close(vmap(partial(fused.reduce, reduction))(*operands), expected)
+    assert_close(vmap(vmap(partial(fused.reduce, reduction)), 1, 1)(*operands), expected)
+
+
+@every_case
+@pytest.mark.usefixtures("fast")
+def test_derivatives_against_finite_differences(name):
+    reduction, operands = CASES[name]
+    operands = [x[:2, :1] for x in operands()]
+    for i in range(reduction.live):
+        # The i-th value as a function of the i-th operand: the others are held, as finite differences hold them.
+        def value(x, i=i):
+            return fused.reduce(reduction, *operands[:i], x, *operands[i + 1 :])[i]
+
+        x = operands[i].clone().requires_grad_()
+        checks = {"check_forward_ad": True, "check_batched_grad": True, "check_batched_forward_grad": True}
+        assert torch.autograd.gradcheck(value, x, **checks)
+        assert torch.autograd.gradgradcheck(value, x, check_fwd_over_rev=True, check_batched_grad=True)
+
+
+@every_case
+@pytest.mark.usefixtures("fast")
+def test_members_of_an_ensemble_are_rows_of_one_pass(name, monkeypatch):
+    monkeypatch.setattr(fused.Reduction, "block", 2**18)
+    reduction, operands = CASES[name]
+    operands = operands()
+    live, constants = operands[: reduction.live], operands[reduction.live :]
+    members = torch.stack([live[0], -live[0], 3 * live[0]], 1)
+    function, formula = both(reduction, constants)
+    derivative, expected = (
+        vmap(grad(weighted(f, 1.0, 1.0)), (1, *[None] * (len(live) - 1))) for f in (function, formula)
+    )
+    with counted(monkeypatch, "value") as values, counted(monkeypatch, "slope") as slopes:
+        got = derivative(members, *live[1:])
+    assert_close(got, expected(members, *live[1:]))
+    assert len(values) == len(slopes) == 1
+
+
+# ---- any layout and dtype --------------------------------------------------------------------------------------------
+
+
+@st.composite
+def tensors(draw, shape, dtype):
+    """A tensor of any layout: dimensions permuted, reversed in memory, strided, expanded, or with an offset."""
+    kind = draw(st.sampled_from(["contiguous", "permuted", "strided", "expanded", "offset"]))
+    order = draw(st.permutations(range(len(shape))))
+    if kind == "expanded" and shape:
+        dim = draw(st.integers(0, len(shape) - 1))
+        return fill(draw, [1 if i == dim else size for i, size in enumerate(shape)], dtype).expand(shape)
+    if kind == "permuted":
+        return fill(draw, [shape[i] for i in order], dtype).permute([order.index(i) for i in range(len(shape))])
+    if kind == "strided":
+        return fill(draw, [2 * size for size in shape], dtype)[tuple(slice(None, None, 2) for _ in shape)]
+    if kind == "offset":
+        return fill(draw, [size + 1 for size in shape], dtype)[tuple(slice(1, None) for _ in shape)]
+    return fill(draw, shape, dtype)
+
+
+def fill(draw, shape, dtype):
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    if not dtype.is_floating_point:
+        return torch.randint(0, 256, shape, generator=generator).to(dtype)
+    return (3 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+shapes = st.lists(st.integers(0, 4), max_size=3)
+floats = st.sampled_from([torch.float32, torch.float64])
+
+
+def gradients(function, operands, weights):
+    leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in operands]
+    # Cloned once more, for a leaf must not be expanded.
+    values = function(*[leaf.expand_as(x) for leaf, x in zip(leaves, operands, strict=True)])
+    loss = sum((w * value).sum() for w, value in zip(weights, values, strict=True))
+    return values, torch.autograd.grad(loss, leaves, materialize_grads=True)
+
+
+@given(st.data())
+@pytest.mark.parametrize("kind", ["error", "divergence", "two_hot"])
+def test_any_shape_layout_and_dtype(kind, data):
+    lead, dtype = data.draw(shapes), data.draw(floats)
+    event = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=3))
+    if kind == "error":
+        flags = data.draw(st.tuples(st.booleans(), st.booleans(), st.booleans()))
+        reduction, live = error_sum(len(event), *flags), [data.draw(tensors([*lead, *event], dtype))]
+        target = st.sampled_from([dtype, torch.uint8, torch.float32, torch.float16, torch.int32])
+        constants = [data.draw(tensors([*lead, *event], data.draw(target)))]
+    elif kind == "divergence":
+        event = [max(size, 1) for size in event[:2]]
+        reduction = divergence(len(event), data.draw(st.sampled_from([0.0, 0.01, 0.5, 1.0])))
+        live, constants = [data.draw(tensors([*lead, *event], dtype)) for _ in range(2)], []
+    else:
+        reduction, live = fused.TwoHotCrossEntropy(_cross_entropy), [data.draw(tensors([*lead, len(BINS)], dtype))]
+        constants = _neighbours(data.draw(tensors(lead, dtype)), BINS.to(dtype))
+    weights = [torch.randn(lead, dtype=dtype) for _ in live]
+    function, formula = both(reduction, constants)
+    with pytest.MonkeyPatch.context() as patch:
+        take_path(patch, "fused")
+        patch.setattr(fused.Reduction, "block", data.draw(st.sampled_from([1, 8, 50, 2**18])))
+        got = *function(*live), *gradients(function, live, weights)
+    assert_close(got, (*formula(*live), *gradients(formula, live, weights)), **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 3), (2, 0), (1, 1)])
+def test_shapes_of_steps(path, shape):
+    knobs = {"num_reward_bins": 5, "reco_transform": "auto"}
+    for observation in (
+        torch.randint(0, 256, (*shape, 3, 4), dtype=torch.uint8),
+        torch.randn(*shape, 6),
+        torch.randn(shape),
+    ):
+        logits = torch.randn(*shape, 2, 3)
+        outputs = {"prior_logits": logits, "posterior_logits": -logits, "reward": torch.randn(*shape, 5)}
+        outputs["reconstruction"] = torch.rand(observation.shape)
+        terms = dreamer_v3_model_terms(outputs, {"observation": observation, "reward": torch.randn(shape)}, **knobs)
+        assert {term.shape for term in terms.values()} == {torch.Size(shape)}
+
+
+@pytest.mark.usefixtures("fast")
+def test_a_gradient_lies_in_memory_as_its_operand_does():
+    prediction = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last).unflatten(0, (2, 1))
+    gradient = grad(lambda x: fused.reduce(error_sum(3), x, torch.zeros_like(x))[0].sum())(prediction)
+    assert gradient.stride() == prediction.stride()
+    assert_close(gradient, 2 * prediction)
+    transposed = torch.randn(3, 2, 4).transpose(0, 1)
+    assert_close(
+        grad(lambda x: fused.reduce(error_sum(1), x, torch.zeros_like(x))[0].sum())(transposed), 2 * transposed
+    )
+
+
+def test_targets_are_constants(path):
+    logits = torch.randn(2, 3, 4, 5)
+    outputs = {"prior_logits": logits, "posterior_logits": logits + 1, "reward": torch.randn(2, 3, 7)}
+    observation, reward = torch.randn(2, 3, 5, requires_grad=True), torch.randn(2, 3, requires_grad=True)
+    outputs["reconstruction"] = torch.randn(2, 3, 5, requires_grad=True)
+    batch = {"observation": observation, "reward": reward}
+    terms = dreamer_v3_model_terms(outputs, batch, num_reward_bins=7)
+    assert not terms["reward"].requires_grad
+    assert torch.autograd.grad(terms["reco"].sum(), observation, allow_unused=True) == (None,)
+
+
+@pytest.mark.usefixtures("fast")
+def test_what_is_not_finite_stays_in_its_row():
+    prediction = torch.tensor([[1.0, 2.0], [math.nan, 0.0], [math.inf, 0.0], [3.0, 4.0]])
+    for flags in itertools.product((False, True), repeat=3):
+        function, formula = both(error_sum(1, *flags), (torch.zeros(4, 2),))
+        assert_close(function(prediction), formula(prediction), equal_nan=True)
+        slopes = [grad(weighted(f, 1.0))(prediction) for f in (function, formula)]
+        assert_close(*slopes, equal_nan=True)
+        assert slopes[0][[0, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.01])
+@pytest.mark.usefixtures("fast")
+def test_classes_that_are_ruled_out(mix):
+    inf = math.inf
+    p = torch.tensor([[0.3, -inf, 1.0], [0.3, 0.1, 1.0], [0.3, -inf, 1.0], [1e4, -1e4, 0.0], [math.nan, 0.0, 0.0]])
+    q = torch.tensor([[1.0, -inf, 0.2], [1.0, -inf, 0.2], [1.0, 0.5, 0.2], [-1e4, 1e4, 0.0], [0.0, 0.0, 0.0]])
+    function, formula = both(divergence(1, mix), ())
+    assert_close(function(p, q), formula(p, q), equal_nan=True)
+    rows = torch.tensor([0, 2, 3] if mix == 0 else [0, 1, 2, 3])
+    for got, expected in zip(
+        *[grad(weighted(f, 1.0, 1.0), (0, 1))(p[rows], q[rows]) for f in (function, formula)], strict=True
+    ):
+        assert_close(got, expected)
+
+
+# ---- who takes which path --------------------------------------------------------------------------------------------
+
+
+class Labelled(torch.Tensor):
+    """A tensor that could do anything."""
+
+
+@pytest.mark.parametrize(
+    ("prediction", "target", "fast"),
+    [
+        (torch.zeros(3), torch.zeros(3), True),
+        (torch.zeros(3).double(), torch.zeros(3).double(), True),
+        (torch.nn.Parameter(torch.zeros(3)), torch.zeros(3), True),
+        (torch.zeros(3), torch.zeros(3, dtype=torch.uint8), True),
+        (torch.zeros(3), torch.zeros(3).double(), False),
+        (torch.zeros(3), torch.zeros(3, dtype=torch.int32), False),
+        (torch.zeros(3).half(), torch.zeros(3).half(), False),
+        (torch.zeros(3).bfloat16(), torch.zeros(3), False),
+        (torch.zeros(3, device="meta"), torch.zeros(3, device="meta"), False),
+        (torch.zeros(3).as_subclass(Labelled), torch.zeros(3), False),
+        (torch.zeros(3), torch.zeros(3).as_subclass(Labelled), False),
+        (torch.zeros(0), torch.zeros(0), False),
+    ],
+)
+def test_who_takes_the_fast_path(monkeypatch, prediction, target, fast):
+    reduction = error_sum()
+    assert not fused.has_fast_path(reduction, (prediction, target))
+    take_path(monkeypatch, "fused")
+    assert fused.has_fast_path(reduction, (prediction, target)) == fast
+    expected = reduction.formula(prediction, target)
+    assert_close(fused.reduce(reduction, prediction, target), expected, check_device=False)
+
+
+def test_large_reductions_take_the_fast_path(monkeypatch):
+    prediction, target = torch.zeros(2**9, 2**9), torch.zeros(2**9, 2**9)
+    assert fused.has_fast_path(error_sum(), (prediction, target))
+    with counted(monkeypatch, "value") as values:
+        fused.reduce(error_sum(), prediction, target)
+        categorical_kl_terms(prediction.view(-1, 8, 8), target.view(-1, 8, 8))
+    assert len(values) == 2
+
+
+@pytest.mark.usefixtures("fast")
+def test_the_compiler_gets_the_formulas(monkeypatch):
+    torch.compiler.reset()
+    compiled = torch.compile(lambda *args: fused.reduce(error_sum(), *args), fullgraph=True, backend="aot_eager")
+    with counted(monkeypatch, "value") as values:
+        compiled(torch.zeros(2, 3, requires_grad=True), torch.ones(2, 3))[0].sum().backward()
+    assert not values
+
+
+def test_a_share_that_is_a_tensor_can_be_differentiated(path):
+    post, prior = torch.randn(4, 3, 5), torch.randn(4, 3, 5)
+
+    def total(mix):
+        return sum(term.sum() for term in categorical_kl_terms(post, prior, free_nats=0.0, unimix=mix))
+
+    assert grad(total)(torch.tensor(0.1)) < 0
+    assert_close(total(torch.tensor(0.1)), total(0.1))
+
+
+# ---- purity and memory -----------------------------------------------------------------------------------------------
+
+
+@every_case
+@pytest.mark.usefixtures("fast")
+def test_no_argument_changes_and_a_graph_can_be_walked_twice(name):
+    reduction, operands = CASES[name]
+    operands = operands()
+    before, generator = [x.clone() for x in operands], torch.get_rng_state()
+    leaves = [x.requires_grad_() for x in operands[: reduction.live]]
+    values = fused.reduce(reduction, *operands)
+    loss = sum((k + 1) * value.square().sum() for k, value in enumerate(values))
+    first, second = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+    assert all(torch.equal(x.detach(), y) for x, y in zip(operands, before, strict=True))
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+@every_case
+@pytest.mark.usefixtures("fast")
+def test_only_what_is_asked_for_is_differentiated(name):
+    reduction, operands = CASES[name]
+    operands = operands()
+    for wanted in range(reduction.live):
+        leaf = operands[wanted].detach().requires_grad_()
+        values = fused.reduce(reduction, *operands[:wanted], leaf, *operands[wanted + 1 :])
+        (got,) = torch.autograd.grad(sum(value.sum() for value in values), leaf)
+        plain = reduction.formula(*operands[:wanted], leaf, *operands[wanted + 1 :])
+        assert_close(got, torch.autograd.grad(plain[wanted].sum(), leaf)[0])
+
+
+class Largest(TorchDispatchMode):
+    """How many elements the tensors have that operators make."""
+
+    def __init__(self):
+        self.sizes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            self.sizes += [x.untyped_storage().nbytes() for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        return result
+
+
+@pytest.mark.parametrize(
+    ("reduction", "operands"),
+    [
+        (error_sum(), lambda: normal(2**9, 2**7)),
+        (error_sum(1, False, True, True), lambda: images(2**9, 2**7)),
+        (divergence(2, 0.01), lambda: normal(2**9, 2**4, 2**3)),
+        (divergence(1, 0.0), lambda: normal(2**9, 2**4, 2**3)),
+        (fused.TwoHotCrossEntropy(_cross_entropy), lambda: two_hot(2**13)),
+    ],
+)
+def test_nothing_of_full_size_but_the_gradient_exists(monkeypatch, reduction, operands):
+    take_path(monkeypatch, "fused")
+    monkeypatch.setattr(fused.Reduction, "block", 2**11)
+    operands = operands()
+    leaves = [x.requires_grad_() for x in operands[: reduction.live]]
+    whole = leaves[0].untyped_storage().nbytes()
+    with Largest() as forward:
+        values = fused.reduce(reduction, *operands)
+    assert max(forward.sizes) < whole / 4
+    scales = [torch.ones_like(value) for value in values]
+    with Largest() as backward:
+        kept = torch.autograd.grad(values, leaves, scales)
+    storages = {x.untyped_storage().nbytes() for x in kept}
+    assert storages == {whole}
+    made = [size for size in backward.sizes if size >= whole / 4]
+    assert set(made) == {whole}
+
+
+def test_public_functions_are_the_same_on_both_paths(monkeypatch):
+    logits, bins = torch.randn(5, 4, 255), symexp_bins(255)
+    target, results = 30 * torch.randn(5, 4), []
+    for name in ("plain", "fused"):
+        take_path(monkeypatch, name)
+        post, prior = logits.unflatten(-1, (51, 5)), logits.flip(0).unflatten(-1, (51, 5))
+        results.append((two_hot_cross_entropy(logits, target, bins), *categorical_kl_terms(post, prior)))
+    assert_close(*results)
