@@ -9,7 +9,9 @@ where                                          path      why
 under ``torch.compile`` and ``torch.export``   plain     the compiler fuses the formula itself, and better
 CPU, one float dtype (float32 or float64),     blocked   some rows at a time go through the whole formula while they
 ``smallest`` elements or more                            are in the cache
-CPU, fewer elements                            plain     calling a Function costs more than the temporaries
+CUDA, float32, ``smallest`` elements or more,  Triton    one kernel reads each element once; never run on a GPU so
+Triton installed                                         far, its kernels only in Triton's interpreter
+fewer elements                                 plain     calling a Function costs more than the temporaries
 anything else: other devices, mixed dtypes,    plain     no fast path was written
 subclasses of Tensor
 =============================================  ========  ============================================================
@@ -18,6 +20,8 @@ Every path gives the same numbers, up to rounding. Under ``vmap`` a batch is mor
 that counts is that of one sample. Derivatives beyond the first are those of the plain formula.
 """
 
+import functools
+import importlib.util
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -75,8 +79,18 @@ def has_fast_path(reduction: Reduction, operands: Tensors) -> bool:
     if torch.compiler.is_compiling() or operands[0].numel() < max(reduction.smallest, 1):
         return False
     dtypes = {x.dtype for x in operands} - set(reduction.integers)
-    plain_tensors = all(type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" for x in operands)
-    return plain_tensors and len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64}
+    devices = {x.device.type for x in operands}
+    if len(dtypes) != 1 or any(type(x) not in (Tensor, torch.nn.Parameter) for x in operands):
+        return False
+    if devices == {"cuda"}:
+        return dtypes == {torch.float32} and has_triton()
+    return devices == {"cpu"} and dtypes <= {torch.float32, torch.float64}
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
 
 
 class _Value(torch.autograd.Function):
@@ -84,9 +98,12 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def forward(reduction: Reduction, *operands: Tensor) -> Tensors:
-        out = operands[0].new_empty(_leading(reduction, operands))
-        for (*rows, part), scratch in _blocks(reduction, (*operands, out), (*reduction.trailing(), 0)):
-            reduction.value(tuple(rows), scratch, part)
+        if operands[0].is_cuda:
+            out = _kernels().value(reduction, operands)
+        else:
+            out = operands[0].new_empty(_leading(reduction, operands))
+            for (*rows, part), scratch in _blocks(reduction, (*operands, out), (*reduction.trailing(), 0)):
+                reduction.value(tuple(rows), scratch, part)
         return out, *[out.clone() for _ in range(reduction.live - 1)]
 
     @staticmethod
@@ -129,6 +146,9 @@ class _Slope(torch.autograd.Function):
     @staticmethod
     def forward(reduction: Reduction, wanted: tuple[int, ...], *tensors: Tensor) -> Tensors:
         live, trailing = reduction.live, reduction.trailing()
+        if tensors[live].is_cuda:
+            slopes: Tensors = _kernels().slopes(reduction, wanted, tensors[:live], tensors[live:])
+            return slopes
         outs = [_fresh(reduction, tensors[live + i], trailing[i]) for i in wanted]
         counts = (*[0] * live, *trailing, *[trailing[i] for i in wanted])
         for tensor, scratch in _blocks(reduction, (*tensors, *outs), counts, first=live):
@@ -330,6 +350,13 @@ def _softmax_slope(slope: Tensor, probabilities: Tensor, out: Tensor) -> Tensor:
 
 def _symlog(x: Tensor, out: Tensor) -> Tensor:
     return torch.abs(x, out=out).log1p_().copysign_(x)
+
+
+def _kernels() -> Any:
+    """What only a CUDA tensor needs, for it imports Triton."""
+    from rlloss import fused_triton
+
+    return fused_triton
 
 
 def _apply(function: Any, *args: Any) -> Any:

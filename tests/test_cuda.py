@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import take_path
+from test_fused import CASES
 from torch.func import grad_and_value, vmap
 
 import rlloss
+from rlloss import fused
 from rlloss_nn import functionalize
 from rlloss_nn.networks import Agent, Continuous, Discrete, RNDVectorNetwork, WorldModel
 
@@ -188,6 +191,24 @@ def test_everything_can_be_captured_in_a_graph(case: Any) -> None:
         captured = function(*args)
     graph.replay()
     torch.testing.assert_close(captured, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fused_reductions_are_those_of_the_cpu_without_waiting(
+    name: str, device: str, no_waiting: Any, monkeypatch: Any
+) -> None:
+    take_path(monkeypatch, "fused")
+    reduction, operands = CASES[name]
+    args = tuple(x.float() if x.is_floating_point() else x for x in operands())
+
+    def gradients(*args: Any) -> Any:
+        leaves = tuple(x.detach().requires_grad_() for x in args[: reduction.live])
+        values = fused.reduce(reduction, *leaves, *args[reduction.live :])
+        return values, torch.autograd.grad(sum((k + 1) * v.sum() for k, v in enumerate(values)), leaves)
+
+    assert fused.has_fast_path(reduction, to(device, args)) == (device == "cpu" or fused.has_triton())
+    got = to("cpu", no_waiting(gradients, *to(device, args)))
+    torch.testing.assert_close(got, gradients(*args), rtol=1e-4, atol=1e-5)
 
 
 def test_ensemble_without_waiting(device: str, no_waiting: Any) -> None:
