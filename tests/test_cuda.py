@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import take_path
-from test_fused import CASES
+from test_fused import CASES as REDUCTIONS
 from torch.func import grad_and_value, vmap
 
 import rlloss
@@ -193,12 +193,12 @@ def test_everything_can_be_captured_in_a_graph(case: Any) -> None:
     torch.testing.assert_close(captured, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", REDUCTIONS)
 def test_fused_reductions_are_those_of_the_cpu_without_waiting(
     name: str, device: str, no_waiting: Any, monkeypatch: Any
 ) -> None:
     take_path(monkeypatch, "fused")
-    reduction, operands = CASES[name]
+    reduction, operands = REDUCTIONS[name]
     args = tuple(x.float() if x.is_floating_point() else x for x in operands())
 
     def gradients(*args: Any) -> Any:
