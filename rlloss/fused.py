@@ -8,7 +8,9 @@ where                                          path      why
 =============================================  ========  ============================================================
 under ``torch.compile`` and ``torch.export``   plain     the compiler fuses the formula itself, and better
 CPU, one float dtype (float32 or float64),     blocked   some rows at a time go through the whole formula while they
-``smallest`` elements or more                            are in the cache
+``smallest`` elements or more                            are in the cache; gradients in a second pass, in backward
+the same, a backward pass to follow, outside   blocked   value and gradients in one pass, which reads the operands
+of all transforms                              once      and computes what both need once; backward only scales
 CUDA, float32, ``smallest`` elements or more,  Triton    one kernel reads each element once; never run on a GPU so
 Triton installed                                         far, its kernels only in Triton's interpreter
 fewer elements                                 plain     calling a Function costs more than the temporaries
@@ -30,6 +32,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.func import vjp
 
 from rlloss import checks
@@ -57,12 +60,20 @@ class Reduction:
         """How many dimensions of each operand are one row."""
         raise NotImplementedError
 
-    def value(self, rows: Tensors, scratch: Tensors, out: Tensor) -> None:
-        """Write the value of each row into ``out`` [rows]."""
+    def prepare(self, rows: Tensors, scratch: Tensors) -> None:
+        """Write into ``scratch`` what value and gradients share."""
         raise NotImplementedError
 
-    def slope(self, scales: Tensors, rows: Tensors, scratch: Tensors, out: Sequence[Tensor | None]) -> None:
-        """Write each live operand's gradient, times the row's scale, where ``out`` has a tensor for it."""
+    def value(self, rows: Tensors, scratch: Tensors, out: Tensor) -> None:
+        """Write the value of each row into ``out`` [rows], and leave what is prepared as it is."""
+        raise NotImplementedError
+
+    def factors(self) -> tuple[float, ...]:
+        """What each live operand's slope is to be multiplied by."""
+        return (1.0,) * self.live
+
+    def slope(self, rows: Tensors, scratch: Tensors, out: Sequence[Tensor | None]) -> None:
+        """Write each live operand's gradient, but for its factor, where ``out`` has a tensor for it."""
         raise NotImplementedError
 
 
@@ -70,7 +81,7 @@ def reduce(reduction: Reduction, *operands: Tensor) -> Tensors:
     """``reduction.formula(*operands)``, by the fastest path there is."""
     if not has_fast_path(reduction, operands):
         return reduction.formula(*operands)
-    values: Tensors = _apply(_Value, reduction, *operands)
+    values: Tensors = _apply(_Both if _backward_follows(reduction, operands) else _Value, reduction, *operands)
     return values
 
 
@@ -85,6 +96,17 @@ def has_fast_path(reduction: Reduction, operands: Tensors) -> bool:
     if devices == {"cuda"}:
         return dtypes == {torch.float32} and has_triton()
     return devices == {"cpu"} and dtypes <= {torch.float32, torch.float64}
+
+
+def _backward_follows(reduction: Reduction, operands: Tensors) -> bool:
+    """Whether gradients computed now will most likely be asked for, and by plain autograd."""
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in operands[: reduction.live])
+    return wanted and not operands[0].is_cuda and not in_transform()
+
+
+def in_transform() -> bool:
+    """Whether anything but plain autograd looks on: a transform of torch.func, or forward-mode derivatives."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 @functools.cache
@@ -103,8 +125,9 @@ class _Value(torch.autograd.Function):
         else:
             out = operands[0].new_empty(_leading(reduction, operands))
             for (*rows, part), scratch in _blocks(reduction, (*operands, out), (*reduction.trailing(), 0)):
+                reduction.prepare(tuple(rows), scratch)
                 reduction.value(tuple(rows), scratch, part)
-        return out, *[out.clone() for _ in range(reduction.live - 1)]
+        return _for_each(reduction, out)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -114,15 +137,7 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *scales: Tensor) -> Any:
-        wanted = tuple(i for i in range(ctx.reduction.live) if ctx.needs_input_grad[1 + i])
-        if any(_legacy_batched(scale) for scale in scales):
-            # Batched values cannot be written into unbatched memory; the slope is linear in its scale.
-            ones = [ctx.saved_tensors[0].new_ones(scale.shape) for scale in scales]
-            slopes = _apply(_Slope, ctx.reduction, wanted, *ones, *ctx.saved_tensors)
-            slopes = [checks.align(scales[i], slope) * slope for i, slope in zip(wanted, slopes, strict=True)]
-        else:
-            slopes = _apply(_Slope, ctx.reduction, wanted, *scales, *ctx.saved_tensors)
-        return None, *_at(wanted, slopes, len(ctx.saved_tensors))
+        return None, *_slopes(ctx.reduction, _wanted(ctx, ctx.reduction), scales, ctx.saved_tensors)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
@@ -140,6 +155,37 @@ class _Value(torch.autograd.Function):
         return _apply(_Value, reduction, *_fold(info, dims[1:], operands)), (0,) * reduction.live
 
 
+class _Both(torch.autograd.Function):
+    """As :class:`_Value`, with the gradients in the same pass."""
+
+    @staticmethod
+    def forward(ctx: Any, reduction: Reduction, *operands: Tensor) -> Tensors:
+        trailing, number = reduction.trailing(), len(operands)
+        ctx.reduction, wanted = reduction, _wanted(ctx, reduction)
+        ctx.save_for_backward(*operands)
+        out = operands[0].new_empty(_leading(reduction, operands))
+        slopes = [_fresh(reduction, operands[i], trailing[i]) for i in wanted]
+        counts = (*trailing, 0, *[trailing[i] for i in wanted])
+        for tensors, scratch in _blocks(reduction, (*operands, out, *slopes), counts):
+            rows, (part, *parts) = tensors[:number], tensors[number:]
+            reduction.prepare(rows, scratch)
+            reduction.value(rows, scratch, part)
+            reduction.slope(rows, scratch, _at(wanted, parts, reduction.live))
+        ctx.slopes = slopes
+        return _for_each(reduction, out)
+
+    @staticmethod
+    def backward(ctx: Any, *scales: Tensor) -> Any:
+        wanted, number = _wanted(ctx, ctx.reduction), len(ctx.needs_input_grad) - 1
+        slopes, ctx.slopes = ctx.slopes, None
+        # A second walk through the graph, or one that is recorded or batched, computes them anew.
+        if slopes is None or torch.is_grad_enabled() or in_transform() or any(map(legacy_batched, scales)):
+            return None, *_slopes(ctx.reduction, wanted, scales, ctx.saved_tensors)
+        for i, slope in zip(wanted, slopes, strict=True):
+            _scale(slope, scales[i], ctx.reduction.factors()[i])
+        return None, *_at(wanted, slopes, number)
+
+
 class _Slope(torch.autograd.Function):
     """``(reduction, wanted, *scales, *operands) -> gradients`` of the wanted operands, each row times its scale."""
 
@@ -153,7 +199,10 @@ class _Slope(torch.autograd.Function):
         counts = (*[0] * live, *trailing, *[trailing[i] for i in wanted])
         for tensor, scratch in _blocks(reduction, (*tensors, *outs), counts, first=live):
             rows, parts = tensor[live : len(tensors)], tensor[len(tensors) :]
-            reduction.slope(tensor[:live], rows, scratch, _at(wanted, parts, live))
+            reduction.prepare(rows, scratch)
+            reduction.slope(rows, scratch, _at(wanted, parts, live))
+            for i, part in zip(wanted, parts, strict=True):
+                _scale(part, tensor[i], reduction.factors()[i])
         return tuple(outs)
 
     @staticmethod
@@ -212,36 +261,36 @@ class ErrorSum(Reduction):
         """As for every :class:`Reduction`."""
         return self.dims, self.dims
 
-    def value(self, rows: Tensors, scratch: Tensors, out: Tensor) -> None:
+    def prepare(self, rows: Tensors, scratch: Tensors) -> None:
         """As for every :class:`Reduction`."""
-        prediction, target = rows
-        error, other = scratch
+        (prediction, target), (error, other) = rows, scratch
         if self.symlog_prediction:
             _symlog(prediction, error).sub_(self._target(target, other))
         else:
             torch.sub(prediction, self._target(target, other), out=error)
-        dims = tuple(range(1, error.ndim))
-        torch.linalg.vector_norm(error, 1 if self.absolute else 2, dim=dims, out=out)
+
+    def value(self, rows: Tensors, scratch: Tensors, out: Tensor) -> None:
+        """As for every :class:`Reduction`."""
+        dims = tuple(range(1, 1 + self.dims))
+        torch.linalg.vector_norm(scratch[0], 1 if self.absolute else 2, dim=dims, out=out)
         if not self.absolute:
             out.square_()
 
-    def slope(self, scales: Tensors, rows: Tensors, scratch: Tensors, out: Sequence[Tensor | None]) -> None:
+    def factors(self) -> tuple[float, ...]:
         """As for every :class:`Reduction`."""
-        (prediction, target), (error, other) = rows, scratch
-        scale = scales[0].reshape(-1, *[1] * self.dims)
-        if self.symlog_prediction:
-            _symlog(prediction, error).sub_(self._target(target, other))
-        else:
-            torch.sub(prediction, self._target(target, other), out=error)
-        if self.absolute:
-            error.sgn_()
-        scale = scale if self.absolute else 2 * scale
+        return (1.0 if self.absolute else 2.0,)
+
+    def slope(self, rows: Tensors, scratch: Tensors, out: Sequence[Tensor | None]) -> None:
+        """As for every :class:`Reduction`."""
+        error, other = scratch
         if out[0] is None:
             return
+        if self.absolute:
+            error.sgn_()
         if self.symlog_prediction:
-            torch.div(error.mul_(scale), torch.abs(prediction, out=other).add_(1), out=out[0])
+            torch.div(error, torch.abs(rows[0], out=other).add_(1), out=out[0])
         else:
-            torch.mul(error, scale, out=out[0])
+            out[0].copy_(error)
 
     def _target(self, target: Tensor, out: Tensor) -> Tensor:
         """``target``, or what becomes of it, in ``out``; bytes become floats in [0, 1]."""
@@ -266,23 +315,25 @@ class TwoHotCrossEntropy(Reduction):
         """As for every :class:`Reduction`."""
         return 1, 0, 0, 0
 
+    def prepare(self, rows: Tensors, scratch: Tensors) -> None:
+        """As for every :class:`Reduction`."""
+        torch.log_softmax(rows[0], -1, out=scratch[0])
+
     def value(self, rows: Tensors, scratch: Tensors, out: Tensor) -> None:
         """As for every :class:`Reduction`."""
-        logits, lower, lower_weight, upper_weight = rows
-        log_probabilities = torch.log_softmax(logits, -1, out=scratch[0])
-        below, above = (torch.gather(log_probabilities, 1, lower[:, None] + k).squeeze(1) for k in (0, 1))
+        _, lower, lower_weight, upper_weight = rows
+        below, above = (torch.gather(scratch[0], 1, lower[:, None] + k).squeeze(1) for k in (0, 1))
         below, above = (
             torch.where(weight == 0, 0.0, -weight * nats)
             for weight, nats in ((lower_weight, below), (upper_weight, above))
         )
         torch.add(below, above, out=out)
 
-    def slope(self, scales: Tensors, rows: Tensors, scratch: Tensors, out: Sequence[Tensor | None]) -> None:
+    def slope(self, rows: Tensors, scratch: Tensors, out: Sequence[Tensor | None]) -> None:
         """As for every :class:`Reduction`."""
-        logits, lower, *weights = rows
-        lower_weight, upper_weight = (weight * scales[0] for weight in weights)
+        _, lower, lower_weight, upper_weight = rows
         if out[0] is not None:
-            torch.softmax(logits, -1, out=out[0]).mul_((lower_weight + upper_weight)[:, None])
+            torch.exp(scratch[0], out=out[0]).mul_((lower_weight + upper_weight)[:, None])
             out[0].scatter_add_(1, lower[:, None], -lower_weight[:, None])
             out[0].scatter_add_(1, lower[:, None] + 1, -upper_weight[:, None])
 
@@ -297,43 +348,41 @@ class Divergence(Reduction):
     dims: int  # 1: a value for each categorical; 2: for their sum over groups
     mix: float = 0.0
     live = 2
-    scratch = 4
+    scratch = 5
 
     def trailing(self) -> tuple[int, ...]:
         """As for every :class:`Reduction`."""
         return self.dims, self.dims
 
-    def value(self, rows: Tensors, scratch: Tensors, out: Tensor) -> None:
+    def factors(self) -> tuple[float, ...]:
         """As for every :class:`Reduction`."""
-        p, log_ratio = scratch[:2]
+        return 1 - self.mix, self.mix - 1 if self.mix else 1.0
+
+    def prepare(self, rows: Tensors, scratch: Tensors) -> None:
+        """As for every :class:`Reduction`."""
+        p, q, mixed, ratio, log_ratio = scratch
         if self.mix:
-            for logits, probabilities in zip(rows, scratch, strict=False):
-                self._mixed(torch.softmax(logits, -1, out=probabilities), probabilities)
-            torch.div(p, log_ratio, out=log_ratio).log_()
+            uniform = p.new_full((), self.mix / p.shape[-1])
+            torch.add(uniform, torch.softmax(rows[0], -1, out=p), alpha=1 - self.mix, out=mixed)
+            torch.add(uniform, torch.softmax(rows[1], -1, out=q), alpha=1 - self.mix, out=ratio)
+            torch.log(torch.div(mixed, ratio, out=ratio), out=log_ratio)
         else:
             self._log_ratio(rows, p, log_ratio)
-        torch.linalg.vecdot(p.flatten(1), log_ratio.flatten(1), out=out)
 
-    def slope(self, scales: Tensors, rows: Tensors, scratch: Tensors, out: Sequence[Tensor | None]) -> None:
+    def value(self, rows: Tensors, scratch: Tensors, out: Tensor) -> None:
         """As for every :class:`Reduction`."""
-        of_posterior, of_prior = ((1 - self.mix) * scale.reshape(-1, *[1] * self.dims) for scale in scales)
-        p, q, ratio, other = scratch
-        if self.mix:
-            torch.softmax(rows[0], -1, out=p)
-            torch.softmax(rows[1], -1, out=q)
-            self._mixed(p, ratio).div_(self._mixed(q, other))
-            if out[1] is not None:
-                _softmax_slope(torch.mul(ratio, -of_prior, out=other), q, out[1])
-            ratio.log_()
-        else:
-            self._log_ratio(rows, p, ratio)
-            if out[1] is not None:
-                torch.softmax(rows[1], -1, out=out[1]).sub_(p).mul_(of_prior)
-        if out[0] is not None:
-            _softmax_slope(ratio.mul_(of_posterior), p, out[0])
+        p, _, mixed, _, log_ratio = scratch
+        torch.linalg.vecdot((mixed if self.mix else p).flatten(1), log_ratio.flatten(1), out=out)
 
-    def _mixed(self, probabilities: Tensor, out: Tensor) -> Tensor:
-        return torch.mul(probabilities, 1 - self.mix, out=out).add_(self.mix / probabilities.shape[-1])
+    def slope(self, rows: Tensors, scratch: Tensors, out: Sequence[Tensor | None]) -> None:
+        """As for every :class:`Reduction`."""
+        p, q, _, ratio, log_ratio = scratch
+        if out[0] is not None:
+            _softmax_slope(log_ratio, p, out[0])
+        if out[1] is not None and self.mix:
+            _softmax_slope(ratio, q, out[1])
+        elif out[1] is not None:
+            torch.softmax(rows[1], -1, out=out[1]).sub_(p)
 
     def _log_ratio(self, rows: Tensors, p: Tensor, out: Tensor) -> None:
         """Write the posterior's probabilities, and log(p / q), which is 0 where p is: 0 log 0 is 0."""
@@ -363,9 +412,38 @@ def _apply(function: Any, *args: Any) -> Any:
     return function.apply(*args)
 
 
-def _legacy_batched(x: Tensor) -> bool:
+def legacy_batched(x: Tensor) -> bool:
     """Whether ``torch.autograd.grad(..., is_grads_batched=True)`` made it: it asks no Function how to batch."""
     return " Batched" in str(torch._C._dispatch_keys(x)).replace("(", " ")
+
+
+def _wanted(ctx: Any, reduction: Reduction) -> tuple[int, ...]:
+    """The live operands that need a gradient."""
+    return tuple(i for i in range(reduction.live) if ctx.needs_input_grad[1 + i])
+
+
+def _for_each(reduction: Reduction, value: Tensor) -> Tensors:
+    """One copy of the value for each live operand."""
+    return value, *[value.clone() for _ in range(reduction.live - 1)]
+
+
+def _slopes(
+    reduction: Reduction, wanted: tuple[int, ...], scales: Sequence[Tensor], operands: Tensors
+) -> Sequence[Tensor | None]:
+    """The gradient of each wanted operand, None for all others."""
+    if any(map(legacy_batched, scales)):
+        # Batched values cannot be written into unbatched memory; the slope is linear in its scale.
+        ones = [operands[0].new_ones(scale.shape) for scale in scales]
+        slopes = _apply(_Slope, reduction, wanted, *ones, *operands)
+        slopes = [checks.align(scales[i], slope) * slope for i, slope in zip(wanted, slopes, strict=True)]
+    else:
+        slopes = _apply(_Slope, reduction, wanted, *scales, *operands)
+    return _at(wanted, slopes, len(operands))
+
+
+def _scale(slope: Tensor, scale: Tensor, factor: float) -> None:
+    """Times each row's scale, in the memory of ``slope``, which nobody else has seen."""
+    slope.mul_(checks.align(scale if factor == 1 else factor * scale, slope))
 
 
 def _at(places: Sequence[int], values: Sequence[Any], number: int) -> list[Any]:
@@ -404,8 +482,9 @@ def _fold(info: Any, dims: Sequence[int | None], tensors: Tensors) -> list[Tenso
 
 def _fresh(reduction: Reduction, like: Tensor, trailing: int) -> Tensor:
     """Memory for a gradient, in the order of ``like`` if its kernel can write and its rows can be counted there."""
-    out = torch.empty_like(like)
-    return out if reduction.any_layout and _viewable(out, trailing) else like.new_empty(like.shape)
+    if reduction.any_layout and _viewable(out := torch.empty_like(like), trailing):
+        return out
+    return like.new_empty(like.shape)
 
 
 def _blocks(

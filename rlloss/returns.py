@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from rlloss import checks
+from rlloss.recurrence import chained
 from rlloss.types import Scalar
 
 
@@ -51,30 +52,16 @@ def lambda_return(
     reward, bootstrap, continuation = _sequences(reward, bootstrap, continuation)
     checks.knob("lambda_return", "discount", discount, 0.0, 1.0)
     checks.knob("lambda_return", "lmbda", lmbda, 0.0, 1.0)
-    chain = checks.scalar_like(reward, lmbda) * torch.ones_like(reward)
     if last is not None:
-        checks.same_shape(
-            "lambda_return", "last", checks.boolean("lambda_return", "last", last), "reward", reward.shape
-        )
-        chain = torch.where(last, 0.0, chain)
-    reward, bootstrap, continuation, chain = (x[..., 1:] for x in (reward, bootstrap, continuation, chain))
-    if reward.shape[-1] == 0:
-        return reward
-    live = checks.scalar_like(reward, discount) * continuation
-    ahead = (reward + _weighed(live * (1 - chain), bootstrap)).unbind(-1)
-    value, values = bootstrap[..., -1], []
-    for step, weight in zip(reversed(ahead), reversed((live * chain).unbind(-1)), strict=True):
-        value = step + _weighed(weight, value)
-        values.append(value)
-    return torch.stack(values[::-1], -1)
-
-
-def _weighed(weight: Tensor, x: Tensor) -> Tensor:
-    """``weight * x``, without the NaN or infinity of an ``x`` that weighs nothing.
-
-    A finite ``x`` stays, so that the derivative by the weight is right at 0 too.
-    """
-    return weight * torch.where((weight == 0) & ~torch.isfinite(x), 0.0, x)
+        last = checks.boolean("lambda_return", "last", last)
+        checks.same_shape("lambda_return", "last", last, "reward", reward.shape)
+    if reward.shape[-1] == 1:
+        return reward[..., 1:]
+    ahead = checks.scalar_like(reward, discount) * continuation[..., 1:]
+    chain = checks.scalar_like(reward, lmbda) * ahead
+    if last is not None:
+        chain = torch.where(last[..., 1:], 0.0, chain)
+    return chained(reward, bootstrap, ahead - chain, chain)
 
 
 def _sequences(reward: Tensor, bootstrap: Tensor, continuation: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -376,7 +376,7 @@ def test_no_argument_changes_and_a_graph_can_be_walked_twice(name):
     values = fused.reduce(reduction, *operands)
     loss = sum((k + 1) * value.square().sum() for k, value in enumerate(values))
     first, second = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
-    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+    assert_close(first, second)
     assert all(torch.equal(x.detach(), y) for x, y in zip(operands, before, strict=True))
     assert torch.equal(torch.get_rng_state(), generator)
 
@@ -394,16 +394,17 @@ def test_only_what_is_asked_for_is_differentiated(name):
         assert_close(got, torch.autograd.grad(plain[wanted].sum(), leaf)[0])
 
 
-class Largest(TorchDispatchMode):
-    """How many elements the tensors have that operators make."""
+class Memory(TorchDispatchMode):
+    """Where the results of operators lie, and how many bytes are there."""
 
     def __init__(self):
-        self.sizes = []
+        self.sizes = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if not function.is_view:
-            self.sizes += [x.untyped_storage().nbytes() for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+            storages = [x.untyped_storage() for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+            self.sizes |= {storage.data_ptr(): storage.nbytes() for storage in storages}
         return result
 
 
@@ -423,16 +424,43 @@ def test_nothing_of_full_size_but_the_gradient_exists(monkeypatch, reduction, op
     operands = operands()
     leaves = [x.requires_grad_() for x in operands[: reduction.live]]
     whole = leaves[0].untyped_storage().nbytes()
-    with Largest() as forward:
+    with Memory() as made:
         values = fused.reduce(reduction, *operands)
-    assert max(forward.sizes) < whole / 4
-    scales = [torch.ones_like(value) for value in values]
-    with Largest() as backward:
-        kept = torch.autograd.grad(values, leaves, scales)
-    storages = {x.untyped_storage().nbytes() for x in kept}
-    assert storages == {whole}
-    made = [size for size in backward.sizes if size >= whole / 4]
-    assert set(made) == {whole}
+        kept = torch.autograd.grad(values, leaves, [torch.ones_like(value) for value in values])
+    gradients, given = ({x.untyped_storage().data_ptr() for x in tensors} for tensors in (kept, operands))
+    assert {place for place, size in made.sizes.items() if size >= whole / 4} - given == gradients
+
+
+@pytest.mark.usefixtures("fast")
+def test_shared_work_is_done_once_where_a_backward_pass_follows(monkeypatch):
+    monkeypatch.setattr(fused.Reduction, "block", 2**18)
+    prediction, target = normal(3, 4)
+
+    def prepared(function, *args):
+        with counted(monkeypatch, "prepare") as blocks:
+            function(*args)
+        return len(blocks)
+
+    def backward(reduction, **options):
+        leaf = prediction.clone().requires_grad_()
+        torch.autograd.grad(fused.reduce(reduction, leaf, target)[0].sum(), leaf, **options)
+
+    once = error_sum(1, False, True, True)
+    assert prepared(backward, once) == prepared(backward, error_sum()) == 1
+    assert prepared(partial(backward, once, create_graph=True)) == 2
+    assert prepared(grad(lambda x: fused.reduce(once, x, target)[0].sum()), prediction) == 2
+    assert prepared(partial(fused.reduce, once), prediction, target) == 1
+    with torch.no_grad():
+        assert prepared(partial(fused.reduce, once), prediction.clone().requires_grad_(), target) == 1
+
+
+@pytest.mark.usefixtures("fast")
+def test_a_graph_made_outside_of_a_transform_is_walked_inside():
+    leaf = normal(3, 4)[0].requires_grad_()
+    (value,) = fused.reduce(error_sum(1, False, True, True), leaf, torch.zeros(3, 4, dtype=torch.float64))
+    rows = vmap(lambda scale: torch.autograd.grad(value, leaf, scale, retain_graph=True)[0])(torch.eye(3).double())
+    expected = torch.autograd.grad(value.sum(), leaf)[0]
+    assert_close(rows, torch.diag_embed(expected.T).movedim(0, -1))
 
 
 def test_public_functions_are_the_same_on_both_paths(monkeypatch):

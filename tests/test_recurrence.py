@@ -1,0 +1,104 @@
+"""The rounds of a recurrence against its steps: values, derivatives, what weighs nothing, and who gets which."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.func import grad, jvp, vmap
+from torch.testing import assert_close
+
+from rlloss import recurrence
+from rlloss.recurrence import _step_by_step, chained
+
+
+def draw(*leading, steps, dtype=torch.float64):
+    """Rewards, bootstraps and their weights, some of them 0."""
+    sequences = torch.randn(2, *leading, steps + 1, dtype=dtype)
+    weights = torch.randn(2, *leading, steps, dtype=dtype)
+    return *sequences, *torch.where(torch.rand(weights.shape) < 0.2, 0.0, weights)
+
+
+def gradients(function, operands, direction):
+    leaves = [x.detach().clone().requires_grad_() for x in operands]
+    y = function(*leaves)
+    return y, *torch.autograd.grad(y, leaves, direction)
+
+
+@given(st.integers(1, 40), st.lists(st.integers(0, 3), max_size=2), st.booleans(), st.integers(0, 99))
+def test_rounds_are_steps(steps, leading, transposed, seed):
+    torch.manual_seed(seed)
+    operands = draw(*leading, steps=steps)
+    if transposed and leading:
+        operands = tuple(x.mT.contiguous().mT for x in operands)
+    copies, direction = [x.clone() for x in operands], torch.randn(*leading, steps).double()
+    got, expected = (gradients(function, operands, direction) for function in (chained, _step_by_step))
+    assert_close(got, expected)
+    assert got[0].grad_fn.name() == "_ChainedBackward"
+    assert_close(list(operands), copies, rtol=0, atol=0)
+
+
+def test_variants(variant):
+    operands = draw(3, steps=6)
+    assert_close(variant(chained)(*operands), _step_by_step(*operands))
+    derivative = variant(lambda *x: grad(lambda *y: chained(*y).square().sum(), (0, 1, 2, 3))(*x))(*operands)
+    assert_close(derivative, grad(lambda *y: _step_by_step(*y).square().sum(), (0, 1, 2, 3))(*operands))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["reward", "bootstrap"])
+def test_what_weighs_nothing_adds_nothing(bad, where):
+    reward, bootstrap, known, chain = draw(steps=9)
+    chain[4], known[5] = 0.0, 0.0
+    (reward if where == "reward" else bootstrap)[6] = bad
+    operands = reward, bootstrap, known, chain
+    y = chained(*operands)
+    assert_close(y, _step_by_step(*operands), equal_nan=True)
+    assert y[:5].isfinite().all()
+    rows = torch.where(y.isfinite(), 1.0, 0.0).double()
+    assert_close(gradients(chained, operands, rows), gradients(_step_by_step, operands, rows), equal_nan=True)
+
+
+def test_entries_0_are_never_read():
+    reward, bootstrap, known, chain = draw(2, steps=4)
+    expected = chained(reward, bootstrap, known, chain)
+    reward[:, 0], bootstrap[:, 0] = math.nan, math.nan
+    assert_close(chained(reward, bootstrap, known, chain), expected)
+
+
+def test_derivatives_of_all_orders():
+    operands = [x.requires_grad_() for x in draw(2, steps=3)]
+    options = {"check_batched_grad": True}
+    assert gradcheck(chained, operands, **options, check_forward_ad=True, check_batched_forward_grad=True)
+    assert gradgradcheck(chained, operands, **options, check_fwd_over_rev=True)
+
+
+def test_derivative_by_weights_of_zero():
+    reward, bootstrap = torch.tensor([9.0, 1, 2]), torch.tensor([9.0, 3, 4])
+    zeros = torch.zeros(2)
+    _, _, _, by_known, by_chain = gradients(chained, (reward, bootstrap, zeros, zeros), torch.ones(2))
+    assert_close(by_known, bootstrap[1:])
+    assert_close(by_chain, torch.tensor([2.0, 4.0]))
+
+
+def test_transforms_and_forward_mode_get_the_steps(monkeypatch):
+    operands, calls = draw(2, steps=3), []
+    monkeypatch.setattr(recurrence, "_step_by_step", lambda *x, steps=_step_by_step: (calls.append(1), steps(*x))[1])
+    vmap(chained)(*operands)
+    jvp(chained, operands, operands)
+    grad(lambda *x: chained(*x).sum())(*operands)
+    with forward_ad.dual_level():
+        chained(forward_ad.make_dual(operands[0], operands[0]), *operands[1:])
+    assert len(calls) == 4
+    chained(*operands)
+    gradients(chained, operands, torch.ones(2, 3).double())
+    assert len(calls) == 4
+
+
+def test_a_graph_can_be_walked_twice():
+    leaves = [x.requires_grad_() for x in draw(3, steps=5)]
+    y = chained(*leaves)
+    first, second = (torch.autograd.grad(y.sum(), leaves, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
