@@ -44,6 +44,7 @@ from rlloss.policy import policy_log_prob as policy_log_prob
 from rlloss.policy import policy_sample as policy_sample
 from rlloss.returns import lambda_return as lambda_return
 from rlloss.rnd import rnd_error as rnd_error
+from rlloss.rnd import rnd_error_and_target_features as rnd_error_and_target_features
 from rlloss.rnd import rnd_key_mask as rnd_key_mask
 from rlloss.rnd import rnd_loss as rnd_loss
 from rlloss.rnd import rnd_reward as rnd_reward
@@ -121,6 +122,7 @@ __all__ = [
     "return_range_scale",
     "return_range_update",
     "rnd_error",
+    "rnd_error_and_target_features",
     "rnd_key_mask",
     "rnd_loss",
     "rnd_reward",

@@ -125,7 +125,51 @@ def rnd_error(
         >>> rnd_error(ones, zeros, torch.ones(3, 4), predictor=linear)
         tensor([16., 16., 16.])
     """
-    return _error("rnd_error", pred_params, target_params, batch, predictor, target, obs_stats, obs_clip)
+    return _error("rnd_error", pred_params, target_params, batch, predictor, target, obs_stats, obs_clip)[0]
+
+
+def rnd_error_and_target_features(
+    pred_params: Params,
+    target_params: Params,
+    batch: Batch,
+    *,
+    predictor: ApplyFn,
+    target: ApplyFn | None = None,
+    obs_stats: ObservationStatistics | Any | None = None,
+    obs_clip: Scalar = 5.0,
+) -> tuple[Tensor, Tensor]:
+    r"""As :func:`rnd_error`, with the features of the target network, which :func:`rnd_loss` of the same batch reuses.
+
+    .. math:: e, \; f(z)
+
+    Source: as :func:`rnd_error`.
+
+    Args:
+        pred_params: see :func:`rnd_error`.
+        target_params: see :func:`rnd_error`.
+        batch: see :func:`rnd_error`.
+        predictor: see :func:`rnd_error`.
+        target: see :func:`rnd_error`.
+        obs_stats: see :func:`rnd_error`.
+        obs_clip: see :func:`rnd_error`.
+
+    Returns:
+        ``(error, target_features)``: [...] and [..., K], in float32 at least; the features detached.
+
+    Raises:
+        TypeError: as :func:`rnd_error`.
+        ValueError: as :func:`rnd_error`.
+        KeyError: as :func:`rnd_error`.
+
+    Example:
+        >>> linear = lambda params, x: x @ params["weight"]
+        >>> ones, zeros, batch = {"weight": torch.ones(4, 2)}, {"weight": torch.zeros(4, 2)}, torch.ones(3, 4)
+        >>> error, features = rnd_error_and_target_features(ones, zeros, batch, predictor=linear)
+        >>> rnd_loss(ones, None, batch, torch.tensor([0, 2]), predictor=linear, target_features=features)
+        tensor(16.)
+    """
+    function = "rnd_error_and_target_features"
+    return _error(function, pred_params, target_params, batch, predictor, target, obs_stats, obs_clip)
 
 
 def rnd_loss(
@@ -139,6 +183,7 @@ def rnd_loss(
     obs_stats: ObservationStatistics | Any | None = None,
     obs_clip: Scalar = 5.0,
     reduction: str = "mean",
+    target_features: Tensor | None = None,
 ) -> Tensor:
     r"""Loss that trains the predictor.
 
@@ -162,14 +207,20 @@ def rnd_loss(
         obs_stats: see :func:`rnd_error`.
         obs_clip: see :func:`rnd_error`.
         reduction: "mean" over the samples that count, "sum" over them (not rescaled by the fraction), or "none".
+        target_features: [B, K], features of the target network for the *whole* batch, from
+            :func:`rnd_error_and_target_features`; ``key_mask`` selects from them as from the batch. The target network
+            does not run then: ``target`` is not called, and ``target_params`` may be None. Constants, taken as they
+            are: where ``obs_stats`` have moved since, the predictor sees the batch in the new units and learns the
+            features of the old ones. For exactly the loss without reuse, hand in the statistics they were made with.
 
     Returns:
         [], or with "none" [B] with zeros where a sample does not count. An empty batch or mask gives 0.
 
     Raises:
-        TypeError: if ``key_mask`` is neither bool nor int64, and as :func:`rnd_error`.
-        ValueError: if ``key_mask`` does not fit the batch or the errors, ``reduction`` is unknown, and as
-            :func:`rnd_error`.
+        TypeError: if ``key_mask`` is neither bool nor int64, ``target_features`` are not a floating-point tensor, and
+            as :func:`rnd_error`.
+        ValueError: if ``key_mask`` does not fit the batch or the errors, ``target_features`` not the batch or the
+            predictor's features, ``reduction`` is unknown, and as :func:`rnd_error`.
         KeyError: as :func:`rnd_error`.
 
     Example:
@@ -180,8 +231,10 @@ def rnd_loss(
     """
     checks.option("rnd_loss", "reduction", reduction, ("mean", "sum", "none"))
     _check_key_mask(batch, key_mask)
+    features = None if target_features is None else _select_features(target_features, batch, key_mask)
     selected = _select(batch, key_mask)
-    error = _error("rnd_loss", pred_params, target_params, selected, predictor, target, obs_stats, obs_clip)
+    knobs = predictor, target, obs_stats, obs_clip, features
+    error, _ = _error("rnd_loss", pred_params, target_params, selected, *knobs)
     number: Tensor | int = max(error.numel(), 1)
     if key_mask is not None and key_mask.dtype == torch.bool:
         checks.same_shape("rnd_loss", "key_mask", key_mask, "the errors", error.shape)
@@ -278,19 +331,28 @@ def _error(
     target: ApplyFn | None,
     obs_stats: Any,
     obs_clip: Scalar,
-) -> Tensor:
-    """:func:`rnd_error`, in the name of ``function``."""
+    features: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`rnd_error` in the name of ``function``, and the target's features, ``features`` where they are known."""
     checks.knob(function, "obs_clip", obs_clip, 0.0, math.inf)
+    if features is None and target is None and target_params is None and pred_params is not None:
+        guess = "Only rnd_loss with target_features does without."
+        raise TypeError(checks.text(function, "target_params", "parameters of the target network", "None", guess))
     target = predictor if target is None else target
     for argument, apply in (("predictor", predictor), ("target", target)):
         checks.function_of(function, argument, apply, "(params, observations) -> features")
     observation = _prepare(function, "obs_stats", batch, obs_stats, obs_clip)
+    goal: Any = features
+    if features is None:
+        # Before the predictor, and without a graph: its activations make room for the predictor's, which stay until the
+        # backward pass. Fresh memory would cost more than the loss does.
+        goal = tree_map(_detach, target(*tree_map(_detach, (target_params, observation))))
     prediction = checks.floating(function, "predictor(params, batch)", predictor(pred_params, observation))
-    constants = tree_map(_detach, (target_params, observation))
-    goal = checks.floating(function, "target(params, batch)", target(*constants)).detach()
     checks.rank_at_least(function, "predictor(params, batch)", prediction, ("features",))
-    checks.same_shape(function, "target(params, batch)", goal, "the predictor's features", prediction.shape)
-    return (prediction - goal).square().mean(-1)
+    source = "target(params, batch)" if features is None else "target_features"
+    goal = checks.floating(function, source, goal).detach()
+    checks.same_shape(function, source, goal, "the predictor's features", prediction.shape)
+    return (prediction - goal).square().mean(-1), goal
 
 
 def _prepare(function: str, argument: str, batch: Batch, stats: Any, clip: Scalar) -> Batch:
@@ -356,11 +418,24 @@ def _check_key_mask(batch: Batch, key_mask: Tensor | None) -> None:
             raise ValueError(checks.text("rnd_loss", "key_mask", wanted, checks.describe(key_mask)))
 
 
+def _select_features(features: Tensor, batch: Batch, key_mask: Tensor | None) -> Tensor:
+    """The target's features of the samples that count."""
+    checks.tensor("rnd_loss", "target_features", features)
+    leading: tuple[int, ...] = ()
+    if key_mask is not None:
+        leading = (_size(batch),) if key_mask.dtype == torch.int64 else tuple(key_mask.shape)
+    if tuple(features.shape[: len(leading)]) != leading:
+        wanted = f"of shape [{', '.join(map(str, [*leading, '...', 'K']))}] like the whole batch"
+        guess = "Did you select rows? key_mask selects from target_features, too."
+        raise ValueError(checks.text("rnd_loss", "target_features", wanted, checks.describe(features), guess))
+    return checks.floating("rnd_loss", "target_features", _select(features, key_mask))
+
+
 def _select(batch: Batch, key_mask: Tensor | None) -> Batch:
     if key_mask is None:
         return batch
     if key_mask.dtype == torch.int64:
-        return tree_map(lambda x: torch.index_select(x, 0, _from_start(key_mask, x.shape[0])), batch)
+        return tree_map(lambda x: _rows(x, key_mask), batch)
     if key_mask.numel() == 0:
         return batch
     # The first sample that counts stands in for those that do not: networks that are finite on what counts are finite
@@ -373,6 +448,15 @@ def _select(batch: Batch, key_mask: Tensor | None) -> Batch:
         return torch.where(checks.align(key_mask, x), x, stand_in)
 
     return tree_map(select, batch)
+
+
+def _rows(x: Tensor, rows: Tensor) -> Tensor:
+    """``x[rows]``, in the memory format of ``x``."""
+    rows = _from_start(rows, x.shape[0])
+    if x.ndim > 2 and x.stride(1) < x.stride(-1):
+        # Of images in channels_last, index_select would copy number by number, and into another memory format.
+        return torch.index_select(x.movedim(1, -1), 0, rows).movedim(-1, 1)
+    return torch.index_select(x, 0, rows)
 
 
 def _scatter(error: Tensor, rows: Tensor, size: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from rlloss import checks
-from rlloss.rnd import rnd_error, rnd_loss, rnd_reward, rnd_reward_stats_update, rows_drawn
+from rlloss.rnd import rnd_error_and_target_features, rnd_loss, rnd_reward, rnd_reward_stats_update, rows_drawn
 from rlloss.statistics import DiscountedSum
 from rlloss.types import ApplyFn
 from rlloss_nn.functional import functionalize
@@ -38,15 +38,19 @@ class RNDLoss(LossModule):
         obs_clip: normalised observations are clipped to [-obs_clip, obs_clip].
         reduction: "mean", "sum" or "none": [*batch] with zeros where a sample was not drawn.
         update_fraction: share of the batch that is drawn, in [0, 1].
+        target_features_key: where :class:`RNDReward` wrote the target's features of these observations, so that the
+            target network need not run again. They belong to the statistics before the rollout, while the predictor
+            sees the observations by ``obs_rms`` as it is at the call: exactly the loss without reuse where the
+            statistics have not moved in between, and close to it once they hardly move. None: the target network runs.
 
     The observations are read under ``("next", "observation")``; ``set_keys(observation=...)`` changes that. All
     dimensions of the TensorDict's batch size count as samples; where it has none, the first of the observation does.
 
     Raises:
         ValueError: if ``update_fraction`` is outside [0, 1], ``obs_clip`` is negative, ``reduction`` is unknown or the
-            networks share a parameter.
+            networks share a parameter, or ``target_features_key`` is no key; at the call, if the features do not fit.
         TypeError: if ``update_fraction`` is not a number or a network no module.
-        KeyError: at the call, if the observation is missing.
+        KeyError: at the call, if the observation is missing, or the features that are to be reused.
 
     Example:
         >>> predictor = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 64))
@@ -73,6 +77,7 @@ class RNDLoss(LossModule):
         obs_clip: float = 5.0,
         reduction: str = "mean",
         update_fraction: float = 0.25,
+        target_features_key: NestedKey | None = None,
     ) -> None:
         super().__init__()
         if isinstance(update_fraction, Tensor):
@@ -81,6 +86,7 @@ class RNDLoss(LossModule):
         checks.within("RNDLoss", "update_fraction", update_fraction, 0.0, 1.0)
         checks.within("RNDLoss", "obs_clip", obs_clip, 0.0, math.inf)
         checks.option("RNDLoss", "reduction", reduction, ("mean", "sum", "none"))
+        _key_or_none("RNDLoss", target_features_key, [self.tensor_keys.observation])
         _freeze_target("RNDLoss", predictor_network, target_network)
         self.predictor_network = predictor_network
         self.target_network = target_network
@@ -88,6 +94,7 @@ class RNDLoss(LossModule):
         self.obs_clip = obs_clip
         self.reduction = reduction
         self.update_fraction = update_fraction
+        self.target_features_key = target_features_key
 
     def train(self, mode: bool = True) -> "RNDLoss":
         """Switch the predictor's mode; the target stays in eval mode, or dropout in it would move the goal."""
@@ -98,23 +105,34 @@ class RNDLoss(LossModule):
     def functional(self) -> tuple[Callable[..., Tensor], dict[str, Tensor], dict[str, Tensor]]:
         """``(loss_fn, pred_params, target_params)``.
 
-        ``loss_fn(pred_params, target_params, batch, key_mask=None)`` is :func:`rlloss.rnd_loss` with this module's
-        networks and settings; the batch is a tensor of observations or a TensorDict, and nothing is drawn: which
-        samples count is up to ``key_mask``, for instance :func:`rlloss.rnd_key_mask`. For a TensorDict of several
-        batch dimensions, rows count through all of them, and a bool mask has their shape.
+        ``loss_fn(pred_params, target_params, batch, key_mask=None, target_features=None)`` is :func:`rlloss.rnd_loss`
+        with this module's networks and settings; the batch is a tensor of observations or a TensorDict, and nothing is
+        drawn: which samples count is up to ``key_mask``, for instance :func:`rlloss.rnd_key_mask`. For a TensorDict of
+        several batch dimensions, rows count through all of them, and a bool mask and features have them in front.
+        Features that are not handed in are read from the TensorDict where this module has a ``target_features_key``.
         """
         predictor, pred_params = functionalize(self.predictor_network)
         target, target_params = functionalize(self.target_network)
 
-        def loss_fn(pred_params: Any, target_params: Any, batch: Any, key_mask: Tensor | None = None) -> Tensor:
+        def loss_fn(
+            pred_params: Any,
+            target_params: Any,
+            batch: Any,
+            key_mask: Tensor | None = None,
+            target_features: Tensor | None = None,
+        ) -> Tensor:
+            params, networks = (pred_params, target_params), (predictor, target)
             if not is_tensor_collection(batch):
-                return self._loss(pred_params, target_params, batch, key_mask, predictor, target)
+                if target_features is None and self.target_features_key is not None:
+                    wanted, guess = "handed in with a batch that is no TensorDict", "This loss never runs the target."
+                    raise ValueError(checks.text("RNDLoss", "target_features", wanted, "None", guess))
+                return self._loss(params, batch, key_mask, networks, target_features)
             samples, leading = self._samples(batch)
             if isinstance(key_mask, Tensor) and key_mask.dtype == torch.bool:
                 checks.same_shape("RNDLoss", "key_mask", key_mask, "the batch", leading)
                 key_mask = key_mask.reshape(-1)
-            loss = self._loss(pred_params, target_params, samples, key_mask, predictor, target)
-            return self._unflatten(loss, leading)
+            features = self._features(batch, leading, target_features)
+            return self._unflatten(self._loss(params, samples, key_mask, networks, features), leading)
 
         return loss_fn, pred_params, target_params
 
@@ -122,23 +140,29 @@ class RNDLoss(LossModule):
         samples, leading = self._samples(tensordict)
         networks = _run(self.predictor_network), _run(self.target_network)
         params = list(self.predictor_network.parameters()), list(self.target_network.parameters())
-        loss = self._loss(*params, samples, self._draw(samples), *networks)
+        loss = self._loss(params, samples, self._draw(samples), networks, self._features(tensordict, leading))
         return TensorDict({"loss_predictor": self._unflatten(loss, leading)}, [])
 
     def _loss(
-        self, pred_params: Any, target_params: Any, batch: Any, key_mask: Tensor | None, predictor: Any, target: Any
+        self,
+        params: tuple[Any, Any],
+        batch: Any,
+        key_mask: Tensor | None,
+        networks: tuple[ApplyFn, ApplyFn],
+        target_features: Tensor | None,
     ) -> Tensor:
         _to_eval(self.target_network)
+        predictor, target = map(_in_dtype_of_params, networks)
         return rnd_loss(
-            pred_params,
-            target_params,
+            *params,
             batch,
             key_mask,
-            predictor=_in_dtype_of_params(predictor),
-            target=_in_dtype_of_params(target),
+            predictor=predictor,
+            target=target,
             obs_stats=self.obs_rms,
             obs_clip=self.obs_clip,
             reduction=self.reduction,
+            target_features=target_features,
         )
 
     def _samples(self, tensordict: TensorDictBase) -> tuple[Any, tuple[int, ...]]:
@@ -152,6 +176,20 @@ class RNDLoss(LossModule):
             leading = tuple(observation.shape[:1])
         return observation.reshape(math.prod(leading), *observation.shape[len(leading) :]), leading
 
+    def _features(self, tensordict: TensorDictBase, leading: tuple[int, ...], features: Any = None) -> Tensor | None:
+        """The target's features [samples, ..., K], where they are handed in or have a key."""
+        key = self.target_features_key
+        if features is None and key is None:
+            return None
+        features = tensordict.get(key, None) if features is None else features
+        if features is None:
+            there = f"keys {sorted(map(str, tensordict.keys(True, True)))}"
+            guess = "RNDReward(..., target_features_key=...) writes them."
+            raise checks.MissingKeyError(checks.text("RNDLoss", "tensordict", f"one with {key!r}", there, guess))
+        known = checks.tensor("RNDLoss", "target_features", features)
+        checks.leading_shape("RNDLoss", "target_features", known, "the batch", leading)
+        return known.reshape(math.prod(leading), *known.shape[len(leading) :])
+
     def _unflatten(self, loss: Tensor, leading: tuple[int, ...]) -> Tensor:
         return loss.reshape((*leading, *loss.shape[1:])) if self.reduction == "none" else loss
 
@@ -162,7 +200,8 @@ class RNDLoss(LossModule):
         return torch.randperm(size, device=device)[: rows_drawn(size, self.update_fraction)]
 
     def _read_keys(self) -> list[NestedKey]:
-        return [self.tensor_keys.observation]
+        features = [] if self.target_features_key is None else [self.target_features_key]
+        return [self.tensor_keys.observation, *features]
 
 
 class RNDReward(TensorDictModuleBase):  # type: ignore[misc]
@@ -173,7 +212,8 @@ class RNDReward(TensorDictModuleBase):  # type: ignore[misc]
     In train mode a call follows the author's order: the bonus e is computed with the old observation statistics,
     which then take in the observations; the statistics of the discounted sum of the bonus take in the new sums; the
     bonus is divided by their standard deviation. In eval mode no statistic moves. The functions are
-    :func:`rlloss.rnd_error`, :func:`rlloss.rnd_reward_stats_update` and :func:`rlloss.rnd_reward`.
+    :func:`rlloss.rnd_error_and_target_features`, :func:`rlloss.rnd_reward_stats_update` and
+    :func:`rlloss.rnd_reward`.
 
     Source: Burda et al. 2018 (arXiv:1810.12894), section 2.4; openai/random-network-distillation@f75c0f1 ppo_agent.py
     ``PpoAgent.update``.
@@ -188,13 +228,15 @@ class RNDReward(TensorDictModuleBase):  # type: ignore[misc]
         out_keys: where the reward goes, by default ``("next", "intrinsic_reward")``, of shape [*batch, 1].
         discount: gamma of the intrinsic reward, in [0, 1].
         obs_clip: normalised observations are clipped to [-obs_clip, obs_clip].
+        target_features_key: where the target's features go, [*batch, K], for the same argument of :class:`RNDLoss`.
+            None: nowhere.
 
     Share the observation statistics with the loss: ``RNDLoss(predictor, target, obs_rms=reward.obs_rms)``.
 
     Raises:
         ValueError: if ``discount`` is outside [0, 1], ``obs_clip`` is negative, ``in_keys`` or ``out_keys`` are not
-            a list of one key, or the networks share a parameter; at the call, if the observation does not fit
-            ``env_shape`` and ``observation_shape``.
+            a list of one key, ``target_features_key`` is no key or one of theirs, or the networks share a parameter; at
+            the call, if the observation does not fit ``env_shape`` and ``observation_shape``.
         TypeError: if a network is no module, or a shape not a tuple of ints.
         KeyError: at the call, if the observation is missing.
 
@@ -218,11 +260,13 @@ class RNDReward(TensorDictModuleBase):  # type: ignore[misc]
         out_keys: Sequence[NestedKey] = (("next", "intrinsic_reward"),),
         discount: float = 0.99,
         obs_clip: float = 5.0,
+        target_features_key: NestedKey | None = None,
     ) -> None:
         super().__init__()
         checks.within("RNDReward", "discount", discount, 0.0, 1.0)
         checks.within("RNDReward", "obs_clip", obs_clip, 0.0, math.inf)
         self.in_keys, self.out_keys = _one_key("in_keys", in_keys), _one_key("out_keys", out_keys)
+        self.out_keys += _key_or_none("RNDReward", target_features_key, [*self.in_keys, *self.out_keys])
         observation_shape = checks.shape("RNDReward", "observation_shape", observation_shape)
         env_shape = checks.shape("RNDReward", "env_shape", env_shape)
         _freeze_target("RNDReward", predictor_network, target_network)
@@ -243,20 +287,22 @@ class RNDReward(TensorDictModuleBase):  # type: ignore[misc]
     @dispatch(auto_batch_size=False)  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write the intrinsic reward into ``tensordict``."""
+        """Write the intrinsic reward into ``tensordict``, and the target's features where they have a key."""
         observation = tensordict.get(self.in_keys[0], None)
         if observation is None:
             there = f"keys {sorted(map(str, tensordict.keys(True, True)))}"
             raise checks.MissingKeyError(checks.text("RNDReward", "tensordict", f"one with {self.in_keys[0]!r}", there))
         steps = self._steps(observation)
-        error = self._error(observation, steps)
+        error, features = self._error(observation, steps)
         sums, stats = DiscountedSum(self.discounted_sum), self.reward_rms.state
         if self.training:
             envs = self.discounted_sum.shape
             sums, stats = rnd_reward_stats_update(
                 sums, stats, error.reshape(*envs, math.prod(steps[len(envs) :])), discount=self.discount
             )
-        tensordict.set(self.out_keys[0], rnd_reward(stats, error).unsqueeze(-1))
+        written = rnd_reward(stats, error).unsqueeze(-1), features
+        for key, value in zip(self.out_keys, written, strict=False):
+            tensordict.set(key, value)
         # Last, so that a call that fails leaves the statistics as they were.
         if self.training:
             self.obs_rms.update(observation)
@@ -264,9 +310,9 @@ class RNDReward(TensorDictModuleBase):  # type: ignore[misc]
             self.reward_rms.load_state(stats)
         return tensordict
 
-    def _error(self, observation: Tensor, steps: tuple[int, ...]) -> Tensor:
+    def _error(self, observation: Tensor, steps: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         _to_eval(self.target_network)
-        return rnd_error(
+        error, features = rnd_error_and_target_features(
             list(self.predictor_network.parameters()),
             list(self.target_network.parameters()),
             observation.reshape(math.prod(steps), *self.obs_rms.mean.shape),
@@ -274,7 +320,8 @@ class RNDReward(TensorDictModuleBase):  # type: ignore[misc]
             target=_in_dtype_of_params(_run(self.target_network)),
             obs_stats=self.obs_rms,
             obs_clip=self.obs_clip,
-        ).reshape(steps)
+        )
+        return error.reshape(steps), features.reshape(*steps, *features.shape[1:])
 
     def _steps(self, observation: Tensor) -> tuple[int, ...]:
         """The observation's leading dimensions: those of the environments, then perhaps time."""
@@ -325,3 +372,13 @@ def _one_key(argument: str, keys: Sequence[NestedKey]) -> list[NestedKey]:
         guess = f"Did you mean [{keys!r}]?" if is_key(keys) else ""
         raise ValueError(checks.text("RNDReward", argument, "a list of one key", checks.describe(keys), guess))
     return list(keys)
+
+
+def _key_or_none(function: str, key: NestedKey | None, taken: list[NestedKey]) -> list[NestedKey]:
+    """``key`` in a list, or an empty one."""
+    if key is None:
+        return []
+    if not is_key(key) or key in taken:
+        wanted = f"None or a key other than {', '.join(map(repr, taken))}"
+        raise ValueError(checks.text(function, "target_features_key", wanted, checks.describe(key)))
+    return [key]

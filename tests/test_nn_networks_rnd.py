@@ -101,6 +101,30 @@ def test_values_and_gradients_in_every_variant(variant):
     torch.testing.assert_close(variant(function)(*arguments), function(*arguments), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+@pytest.mark.parametrize("leading", [(4,), (2, 2)])
+def test_channels_last_reaches_every_convolution_and_changes_no_number(dtype, leading):
+    network = RNDConvNetwork((2, 36, 36), 5, hidden=8, predictor=True)
+    image = torch.randn(4, 2, 36, 36) if dtype == torch.float32 else torch.randint(256, (4, 2, 36, 36), dtype=dtype)
+    expected = network(image)
+    gradients = torch.autograd.grad(expected.square().sum(), list(network.parameters()))
+    network.to(memory_format=torch.channels_last)
+    formats = []
+    for layer in network.trunk[:-1]:
+        layer.register_forward_hook(
+            lambda _, inputs, y: formats.extend(
+                x.is_contiguous(memory_format=torch.channels_last) for x in (*inputs, y)
+            )
+        )
+    image = image.to(memory_format=torch.channels_last).unflatten(0, leading)
+    y = network(image).flatten(0, -2)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    for got, wanted in zip(torch.autograd.grad(y.square().sum(), list(network.parameters())), gradients, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
+    assert len(formats) == 12
+    assert all(formats)
+
+
 @pytest.mark.parametrize(
     ("make", "shape"),
     [

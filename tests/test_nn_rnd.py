@@ -15,6 +15,7 @@ from torch.func import grad, jvp, vmap
 
 import rlloss
 from rlloss_nn import RNDLoss, RNDReward, RunningMeanStd
+from rlloss_nn.networks import RNDConvNetwork
 
 OBS, FEATURES = 4, 6
 
@@ -357,8 +358,8 @@ def test_errors_at_the_call():
         loss.set_keys(obs="x")
 
 
-def make_reward(*pair):
-    return RNDReward(*pair, observation_shape=(OBS,))
+def make_reward(*pair, **kwargs):
+    return RNDReward(*pair, observation_shape=(OBS,), **kwargs)
 
 
 @pytest.mark.parametrize("make", [RNDLoss, make_reward])
@@ -556,6 +557,226 @@ def test_compiled_equals_eager(fraction):
         torch.testing.assert_close(value, expected)
         wanted, got = (torch.autograd.grad(v.sum(), list(predictor.parameters())) for v in (expected, value))
         torch.testing.assert_close(got, wanted)
+
+
+# Memory formats and mixed precision
+
+
+def images_and_networks(dtype=torch.float32):
+    networks = RNDConvNetwork((2, 36, 36), 6, hidden=8, predictor=True), RNDConvNetwork((2, 36, 36), 6)
+    images = torch.randn(8, 2, 36, 36).to(dtype)
+    return images, networks
+
+
+def loss_and_gradients(images, networks, **options):
+    loss = RNDLoss(*networks, **options)
+    torch.manual_seed(1)
+    value = loss(TensorDict({"next": {"observation": images}}, [8]))["loss_predictor"]
+    return value, torch.autograd.grad(value, list(networks[0].parameters()))
+
+
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+@pytest.mark.parametrize("normalized", [False, True])
+def test_channels_last_changes_nothing_and_is_kept(fraction, normalized):
+    images, networks = images_and_networks()
+    options = {"update_fraction": fraction, "obs_rms": RunningMeanStd((2, 36, 36)) if normalized else None}
+    expected = loss_and_gradients(images, networks, **options)
+    networks = [network.to(memory_format=torch.channels_last) for network in networks]
+    formats = []
+
+    def remember(module, inputs, output):
+        formats.extend(x.is_contiguous(memory_format=torch.channels_last) for x in (*inputs, output))
+
+    for network in networks:
+        for layer in network.trunk[:-1]:
+            layer.register_forward_hook(remember)
+    images = images.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(loss_and_gradients(images, networks, **options), expected, rtol=1e-4, atol=1e-5)
+    assert len(formats) == 2 * 2 * 6
+    assert all(formats)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_under_autocast_features_are_bfloat16_and_the_loss_is_float32(dtype, channels_last):
+    images, networks = images_and_networks()
+    images = (50 * images.abs()).to(dtype) if dtype == torch.uint8 else images.to(dtype)
+    if channels_last:
+        images = images.to(memory_format=torch.channels_last)
+        networks = [network.to(memory_format=torch.channels_last) for network in networks]
+    expected = loss_and_gradients(images, networks, update_fraction=0.5)
+    dtypes = []
+    for network in networks:
+        network.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        value, gradients = loss_and_gradients(images, networks, update_fraction=0.5)
+    assert dtypes == [torch.bfloat16] * 2
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, expected[0], rtol=0.02, atol=0)
+    for got, wanted in zip(gradients, expected[1], strict=True):
+        assert got.dtype == torch.float32
+        assert torch.nn.functional.cosine_similarity(got.flatten(), wanted.flatten(), dim=0) > 0.99
+
+
+def test_bfloat16_networks_and_observations():
+    images, networks = images_and_networks(torch.bfloat16)
+    expected, _ = loss_and_gradients(images, networks, update_fraction=0.5)
+    value, gradients = loss_and_gradients(images, [network.bfloat16() for network in networks], update_fraction=0.5)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, expected, rtol=0.02, atol=0)
+    assert all(g.dtype == torch.bfloat16 and g.isfinite().all() for g in gradients)
+
+
+def test_compiled_under_autocast():
+    torch.compiler.reset()
+    images, networks = images_and_networks()
+    loss_fn, *params = RNDLoss(*networks).functional()
+    params = [{name: p.detach() for name, p in each.items()} for each in params]
+    arguments = (*params, images.to(memory_format=torch.channels_last), torch.tensor([0, 3, 5]))
+    step = torch.func.grad_and_value(loss_fn)
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled = torch.compile(step, backend="aot_eager", fullgraph=True)(*arguments)
+        _, expected = step(*arguments)
+    assert compiled[1].dtype == torch.float32
+    torch.testing.assert_close(compiled[1], expected, rtol=1e-3, atol=0)
+    assert all(g.dtype == torch.float32 for g in compiled[0].values())
+
+
+# Features that the reward has computed already
+
+
+FEATURES_KEY = ("next", "rnd_target_features")
+
+
+def reward_and_loss(env_shape=(), reduction="mean", fraction=0.5):
+    pair = networks()
+    reward = RNDReward(*pair, observation_shape=(OBS,), env_shape=env_shape, target_features_key=FEATURES_KEY)
+    shared = {"obs_rms": reward.obs_rms, "reduction": reduction, "update_fraction": fraction}
+    return reward, RNDLoss(*pair, **shared, target_features_key=FEATURES_KEY), RNDLoss(*pair, **shared)
+
+
+def seeded(loss, td):
+    torch.manual_seed(1)
+    return loss(td)["loss_predictor"]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+@pytest.mark.parametrize("size", [(5,), (5, 4), ()])
+def test_features_of_the_reward_replace_the_target_network(reduction, fraction, size):
+    reward, reusing, running = reward_and_loss(size[:1], reduction, fraction)
+    reward(batch(*size))
+    td, before = batch(*size), copy.deepcopy(reward)
+    reward.eval()(td)
+    assert td[FEATURES_KEY].shape == (*size, FEATURES)
+    z = before.obs_rms.normalize(td["next", "observation"], 5.0)
+    assert torch.equal(td[FEATURES_KEY], reward.target_network.layers(z))
+    calls = len(reward.target_network.inputs)
+    value = seeded(reusing, td)
+    assert len(reward.target_network.inputs) == calls
+    assert torch.equal(value, seeded(running, td))
+    assert len(reward.target_network.inputs) == calls + 1
+    gradients = [
+        torch.autograd.grad(seeded(loss, td).sum(), list(reward.predictor_network.parameters()))
+        for loss in (reusing, running)
+    ]
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+def test_features_of_the_reward_are_those_of_the_statistics_before_the_rollout():
+    reward, reusing, running = reward_and_loss(fraction=1)
+    reward(batch(20))
+    before, td = copy.deepcopy(reward.obs_rms), batch(20)
+    td["next", "observation"] += 2
+    reward(td)
+    old, new = (rms.normalize(td["next", "observation"], 5.0) for rms in (before, reward.obs_rms))
+    error = reward.predictor_network(new) - reward.target_network(old)
+    torch.testing.assert_close(seeded(reusing, td), error.square().mean())
+    assert not torch.equal(seeded(reusing, td), seeded(running, td))
+    reusing.obs_rms = running.obs_rms = before
+    assert torch.equal(seeded(reusing, td), seeded(running, td))
+
+
+def test_reward_writes_features_only_where_they_have_a_key():
+    td = batch(3)
+    filled_reward()(td)
+    assert set(td.keys(True, True)) == {("next", "observation"), ("next", "intrinsic_reward")}
+    reward = filled_reward(target_features_key="features").eval()
+    assert reward.out_keys == [("next", "intrinsic_reward"), "features"]
+    observation = td["next", "observation"]
+    written, features = reward(observation)
+    assert torch.equal(features, reward(td)["features"])
+    assert torch.equal(written, td["next", "intrinsic_reward"])
+    assert not features.requires_grad
+
+
+def test_loss_takes_features_as_an_entry():
+    reward, reusing, _ = reward_and_loss(fraction=1)
+    assert reusing.in_keys == [("next", "observation"), FEATURES_KEY]
+    td = reward(batch(5))
+    expected = reusing(td)["loss_predictor"]
+    assert torch.equal(reusing(td["next", "observation"], td[FEATURES_KEY]), expected)
+    named = {"next_observation": td["next", "observation"], "next_rnd_target_features": td[FEATURES_KEY]}
+    assert torch.equal(reusing(**named), expected)
+
+
+@pytest.mark.parametrize("kind", ["eager", "vmap", "compile", "compiled_vmap"])
+def test_functional_with_known_features(kind):
+    torch.compiler.reset()
+    reward, reusing, running = reward_and_loss((2,))
+    reward(batch(2, 3))
+    td = reward.eval()(batch(2, 3))
+    rows, target = torch.tensor([0, 4]), reward.target_network
+    (loss_fn, *params), (plain_fn, *_) = reusing.functional(), running.functional()
+    pred_params, target_params = ({name: p.detach() for name, p in each.items()} for each in params)
+    expected = grad(plain_fn)(pred_params, target_params, td, rows)
+    calls = len(target.inputs)
+    function, wanted = grad(loss_fn), expected
+    if "vmap" in kind:
+        function = vmap(function, in_dims=(0, None, None, None, None))
+        pred_params = {name: torch.stack([p, p]) for name, p in pred_params.items()}
+        wanted = {name: torch.stack([g, g]) for name, g in expected.items()}
+    if "compile" in kind:
+        for network in (reward.predictor_network, target):
+            network.forward = network.layers.forward
+        function = torch.compile(function, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(function(pred_params, target_params, td, rows, None), wanted)
+    observation, features = td["next", "observation"].flatten(0, 1), td[FEATURES_KEY].flatten(0, 1)
+    torch.testing.assert_close(function(pred_params, None, observation, rows, features), wanted)
+    torch.testing.assert_close(function(pred_params, None, td, rows, td[FEATURES_KEY]), wanted)
+    assert len(target.inputs) == calls
+
+
+def test_known_features_that_are_missing_or_do_not_fit():
+    reward, reusing, running = reward_and_loss()
+    match = (
+        r"RNDLoss: tensordict must be one with .*rnd_target_features.*, got keys .*target_features_key=\.\.\.\) writes"
+    )
+    with pytest.raises(KeyError, match=match):
+        reusing(batch(5))
+    loss_fn, *params = reusing.functional()
+    match = r"RNDLoss: target_features must be handed in with a batch that is no TensorDict, got None"
+    with pytest.raises(ValueError, match=match):
+        loss_fn(*params, torch.randn(5, OBS))
+    td = reward(batch(5))
+    td[FEATURES_KEY] = torch.randn(5, FEATURES + 1)
+    with pytest.raises(
+        ValueError, match=r"rnd_loss: target_features must be of shape \[3, 6\] like the predictor's feat"
+    ):
+        reusing(td)
+    td[FEATURES_KEY] = torch.ones(5, FEATURES, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"rnd_loss: target_features must be a floating-point tensor, got int64"):
+        reusing(td)
+    with pytest.raises(
+        ValueError, match=r"RNDLoss: target_features must be of shape \[5, \.\.\.\] like the batch, got float"
+    ):
+        running.functional()[0](*params, td, None, torch.ones(4, FEATURES))
+    with pytest.raises(TypeError, match=r"RNDLoss: target_features must be a tensor, got TensorDict"):
+        running.functional()[0](*params, td, None, td)
+    for key in (3, [], ("next", "observation")):
+        for make in (RNDLoss, make_reward):
+            with pytest.raises(ValueError, match=r"RND\w+: target_features_key must be None or a key other than"):
+                make(*networks(), target_features_key=key)
 
 
 # The pure function behind it

@@ -42,7 +42,14 @@ PUBLIC = {
     ],
     "returns": ["lambda_return"],
     "optim": ["LaPropState", "adaptive_clip", "ema_update", "laprop_init", "laprop_update", "linear_warmup"],
-    "rnd": ["rnd_error", "rnd_key_mask", "rnd_loss", "rnd_reward", "rnd_reward_stats_update"],
+    "rnd": [
+        "rnd_error",
+        "rnd_error_and_target_features",
+        "rnd_key_mask",
+        "rnd_loss",
+        "rnd_reward",
+        "rnd_reward_stats_update",
+    ],
     "dreamer_v3": [
         "BehaviourTargets",
         "DREAMER_V3_DEFAULTS",
@@ -126,9 +133,12 @@ SIGNATURES = {
     "ema_update": "(slow_params, params, *, rate=0.02)",
     "rnd_key_mask": "(key, batch_size, fraction=0.25, *, exact=True)",
     "rnd_error": ("(pred_params, target_params, batch, *, predictor, target=None, obs_stats=None, obs_clip=5.0)"),
+    "rnd_error_and_target_features": (
+        "(pred_params, target_params, batch, *, predictor, target=None, obs_stats=None, obs_clip=5.0)"
+    ),
     "rnd_loss": (
         "(pred_params, target_params, batch, key_mask=None, *, predictor, target=None, obs_stats=None, obs_clip=5.0,"
-        " reduction='mean')"
+        " reduction='mean', target_features=None)"
     ),
     "rnd_reward_stats_update": "(sums, stats, error, *, discount=0.99)",
     "rnd_reward": "(stats, error)",

@@ -6,6 +6,8 @@ import runpy
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -22,11 +24,21 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_example_runs(number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_example_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = []
+
+    # In the place of the default backend, which takes long for a few calls and needs a C++ compiler.
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     script = tmp_path / "example.py"
     script.write_text(EXAMPLES[number])
     names = runpy.run_path(str(script))
     assert "loss" in names
+    assert len(graphs) == EXAMPLES[number].count("torch.compile("), "what is compiled is compiled once"
 
 
 def test_there_are_three_examples() -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from rlloss import (
     discounted_sum_init,
     random,
     rnd_error,
+    rnd_error_and_target_features,
     rnd_key_mask,
     rnd_loss,
     rnd_reward,
@@ -321,6 +323,10 @@ def test_error_speaks_in_its_own_name():
         rnd_error(target, target, obs, predictor=network, obs_stats=running_mean_std_init((3,)))
     with pytest.raises(TypeError, match=r"^rnd_error: predictor must be a function .*, got NoneType"):
         rnd_error(target, target, obs, predictor=None)
+    with pytest.raises(TypeError, match=r"^rnd_error: target_params must be parameters of the target network, got Non"):
+        rnd_error(target, None, obs, predictor=network)
+    with pytest.raises(ValueError, match=r"^rnd_error_and_target_features: obs_clip must be at least 0"):
+        rnd_error_and_target_features(target, target, obs, predictor=network, obs_clip=-1)
 
 
 def test_clip_may_be_infinite():
@@ -550,6 +556,292 @@ def test_intrinsic_reward_is_a_constant():
     error = observations(2, 3).abs().requires_grad_()
     sums, stats = rnd_reward_stats_update(discounted_sum_init((2,)), running_mean_std_init(), error)
     assert not any(x.requires_grad for x in (*sums, *stats, rnd_reward(stats, error)))
+
+
+# ---- features of the target, known already ---------------------------------------------------------------------------
+
+
+def never(params, x):
+    raise AssertionError("the target network ran")
+
+
+def features_of(target, obs, **options):
+    return rnd_error_and_target_features(parameters(9), target, obs, predictor=network, **options)[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("case", ["feat_p1", "feat_p0.25", "feat_p0.5", "feat_empty"])
+def test_authors_loss_of_known_features(golden, case, dtype):
+    data = golden("09_rnd")
+    mask = data[f"{case}.in.uniform"] < data.meta["cases"][case]["proportion"]
+    goal, prediction = (data[f"{case}.in.{name}"].to(dtype) for name in ("X_r", "X_r_hat"))
+    rtol = TOLERANCE[dtype]
+    for key_mask in (mask, mask.nonzero().squeeze(-1)):
+        gradient, loss = grad_and_value(
+            lambda x, rows=key_mask: rnd_loss(None, None, x, rows, predictor=identity, target_features=goal)
+        )(prediction)
+        assert_close(loss.double(), data[f"{case}.out.aux_loss"], rtol=rtol, atol=0)
+        assert_close(gradient.double(), data[f"{case}.grad.aux_loss.X_r_hat"], rtol=rtol, atol=rtol * 1e-2)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("key_mask", [None, MASK, ROWS, torch.tensor([-1, 2, 2])], ids=["all", "bool", "rows", "again"])
+def test_known_features_change_no_loss_and_no_gradient(reduction, normalised, key_mask):
+    pred, target, obs = parameters(1), parameters(2), observations(BATCH, OBS)
+    options = {"obs_stats": statistics() if normalised else None, "obs_clip": 1.0}
+    features = features_of(target, obs, **options)
+
+    def compute(target_params, **known):
+        def loss(pred):
+            return rnd_loss(
+                pred, target_params, obs, key_mask, predictor=network, reduction=reduction, **options, **known
+            ).sum()
+
+        return grad_and_value(loss)(pred)
+
+    expected = compute(target)
+    assert_close(compute(None, target_features=features, target=never), expected, rtol=0, atol=0)
+    assert_close(compute(target, target_features=features), expected, rtol=0, atol=0)
+
+
+def test_features_come_with_the_error_they_belong_to():
+    pred, target, stats = parameters(1), parameters(2), statistics()
+    for shape in ((OBS,), (BATCH, OBS), (2, 3, OBS), (0, OBS)):
+        obs = observations(*shape).requires_grad_()
+        options = {"predictor": network, "obs_stats": stats, "obs_clip": 0.7}
+        error, features = rnd_error_and_target_features(pred, target, obs, **options)
+        assert torch.equal(error, rnd_error(pred, target, obs, **options))
+        assert torch.equal(features, network(target, running_mean_std_normalize(stats, obs, 0.7)).detach())
+        assert error.requires_grad
+        assert not features.requires_grad
+
+
+def test_known_features_in_every_variant(variant):
+    def compute(pred, target, obs, mask, rows, stats):
+        options = {"predictor": network, "obs_stats": stats, "obs_clip": 1.0}
+        error, features = rnd_error_and_target_features(pred, target, obs, **options)
+
+        def loss(pred, key_mask):
+            return rnd_loss(pred, None, obs, key_mask, target_features=features, **options)
+
+        return error, features, loss(pred, mask), grad_and_value(loss)(pred, rows)
+
+    args = (parameters(1), parameters(2), observations(BATCH, OBS), MASK, ROWS, statistics())
+    assert_close(variant(compute)(*args), compute(*args))
+
+
+def test_jvp_with_known_features_in_every_variant(variant):
+    # Elementwise: torch 2.13 cannot compile vmap of jvp of a matmul, with or without a loss.
+    def network(params, x):
+        return torch.tanh((x.unsqueeze(-1) * params["first"]).sum(-2))
+
+    def compute(pred, obs, mask, rows, features, direction):
+        def loss(pred, features):
+            known = {"predictor": network, "target_features": features}
+            return torch.stack([rnd_loss(pred, None, obs, key_mask, **known) for key_mask in (mask, rows)])
+
+        return jvp(loss, (pred, features), (direction, torch.ones_like(features)))
+
+    features = observations(BATCH, HIDDEN, seed=8)
+    args = (parameters(1), observations(BATCH, OBS), MASK, ROWS, features, parameters(3))
+    assert_close(variant(compute)(*args), compute(*args))
+    _, tangent = compute(*args)
+    assert_close(compute(*args[:4], features, parameters(3))[1], tangent)
+
+
+@pytest.mark.parametrize("key_mask", [None, MASK, ROWS], ids=["all", "bool", "rows"])
+def test_known_features_are_constants(key_mask):
+    pred, obs, features = parameters(1), observations(BATCH, OBS), observations(BATCH, FEATURES, seed=8)
+
+    def loss(features):
+        return rnd_loss(pred, None, obs, key_mask, predictor=network, target_features=features)
+
+    assert torch.equal(grad(loss)(features), torch.zeros_like(features))
+    assert torch.equal(jvp(loss, (features,), (torch.ones_like(features),))[1], torch.zeros(()))
+    leaf = features.clone().requires_grad_()
+    assert not loss(leaf).requires_grad
+
+
+def test_known_features_of_older_statistics_are_taken_as_they_are():
+    pred, target, obs = parameters(1), parameters(2), observations(BATCH, OBS)
+    old, new = statistics(), running_mean_std_update(statistics(), 3 + observations(40, OBS))
+    features = features_of(target, obs, obs_stats=old)
+    known = {"predictor": network, "target_features": features}
+    assert torch.equal(
+        rnd_loss(pred, None, obs, ROWS, obs_stats=old, **known),
+        rnd_loss(pred, target, obs, ROWS, obs_stats=old, predictor=network),
+    )
+    prediction, goal = (
+        network(params, running_mean_std_normalize(stats, obs, 5.0)) for params, stats in ((pred, new), (target, old))
+    )
+    mixed = rnd_loss(pred, None, obs, ROWS, obs_stats=new, **known)
+    assert_close(mixed, (prediction - goal)[ROWS].square().mean())
+    assert not torch.equal(mixed, rnd_loss(pred, target, obs, ROWS, obs_stats=new, predictor=network))
+
+
+@pytest.mark.parametrize("poison", [NAN, INF])
+@pytest.mark.parametrize("as_rows", [False, True])
+def test_known_features_of_a_masked_sample_change_nothing(poison, as_rows):
+    pred, obs, features = parameters(1), observations(BATCH, OBS), observations(BATCH, FEATURES, seed=8)
+    key_mask = MASK.nonzero().squeeze(-1) if as_rows else MASK
+
+    def compute(features):
+        def loss(pred):
+            return rnd_loss(pred, None, obs, key_mask, predictor=network, target_features=features)
+
+        return grad_and_value(loss)(pred), jvp(grad(loss), (pred,), (parameters(3),))
+
+    poisoned = torch.where(MASK[:, None], features, poison)
+    assert_close(compute(poisoned), compute(features), rtol=0, atol=0)
+    assert compute(torch.where(MASK[:, None], poison, features))[0][1].isnan() or poison == INF
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_known_features_of_any_leading_shape_and_of_nothing(reduction):
+    pred, target, obs = parameters(1), parameters(2), observations(2, 3, OBS)
+    mask = torch.tensor([[True, False, True], [False, True, True]])
+    for key_mask in (None, mask, torch.tensor([1])):
+        known = rnd_loss(
+            pred, None, obs, key_mask, predictor=network, reduction=reduction, target_features=network(target, obs)
+        )
+        assert_close(known, rnd_loss(pred, target, obs, key_mask, predictor=network, reduction=reduction))
+    for size, key_mask in ((0, None), (0, MASK[:0]), (0, ROWS[:0]), (3, ROWS[:0]), (3, torch.zeros(3).bool())):
+        nothing, features = observations(size, OBS), observations(size, FEATURES)
+        loss = rnd_loss(pred, None, nothing, key_mask, predictor=network, reduction=reduction, target_features=features)
+        assert torch.equal(loss, torch.zeros((size,) if reduction == "none" else ()))
+
+
+def test_known_features_of_a_mapping():
+    batch = {"position": observations(BATCH, 1), "velocity": observations(BATCH, 3, seed=8)}
+
+    def predictor(params, x):
+        return network(params, torch.cat([x["position"], x["velocity"]], -1))
+
+    for given_batch in (batch, TensorDict(batch, [BATCH])):
+        error, features = rnd_error_and_target_features(parameters(1), parameters(2), given_batch, predictor=predictor)
+        for key_mask in (None, MASK, ROWS):
+            loss = rnd_loss(parameters(1), None, given_batch, key_mask, predictor=predictor, target_features=features)
+            assert_close(loss, error.mean() if key_mask is None else error[key_mask].mean())
+
+
+def test_ensemble_shares_the_features_of_one_target():
+    torch.compiler.reset()
+    backend, graphs = counting_backend()
+    target, obs = parameters(2), observations(BATCH, OBS)
+    features = network(target, obs)
+
+    def member(pred, obs, features, rows):
+        return rnd_loss(pred, None, obs, rows, predictor=network, target_features=features)
+
+    step = vmap(grad_and_value(member), in_dims=(0, None, None, 0))
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    for seed in range(3):
+        preds = tree_map(lambda *x: torch.stack(x), *(parameters(20 + 3 * seed + i) for i in range(3)))
+        rows = vmap(lambda key: rnd_key_mask(key, BATCH, 0.5))(random.split(random.key(seed), 3))
+        gradients, losses = compiled(preds, obs, features, rows)
+        assert_close((gradients, losses), step(preds, obs, features, rows))
+        for i in range(3):
+            pred = tree_map(lambda x, i=i: x[i], preds)
+            assert_close(losses[i], rnd_loss(pred, target, obs, rows[i], predictor=network))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_known_features_of_every_dtype(dtype):
+    features = observations(BATCH, FEATURES, dtype=dtype)
+    loss = rnd_loss(parameters(1), None, observations(BATCH, OBS), ROWS, predictor=network, target_features=features)
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_close(
+        loss, (network(parameters(1), observations(BATCH, OBS)) - features)[ROWS].square().mean().to(loss.dtype)
+    )
+
+
+def test_activations_of_the_target_are_gone_before_the_predictor_runs():
+    weight, alive = observations(OBS, FEATURES).requires_grad_(), []
+
+    def target(params, x):
+        hidden = torch.tanh(x @ weight)
+        alive.append(weakref.ref(hidden))
+        return hidden.square()
+
+    def predictor(params, x):
+        assert alive[0]() is None
+        return x @ params
+
+    pred = observations(OBS, FEATURES, seed=8).requires_grad_()
+    rnd_loss(pred, {}, observations(BATCH, OBS), ROWS, predictor=predictor, target=target).backward()
+    assert pred.grad.abs().sum() > 0
+    assert weight.grad is None
+
+
+# ---- layouts in memory -----------------------------------------------------------------------------------------------
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "reversed": lambda x: x.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1),
+    "slice": lambda x: torch.cat([x, x], -1)[..., ::2],
+    "expanded": lambda x: x[:1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_samples_keep_their_layout_in_memory(layout, normalised, dtype, channels):
+    images = LAYOUTS[layout]((40 * observations(BATCH, channels, 4, 5)).abs().to(dtype))
+    stats = running_mean_std_init((channels, 4, 5)) if normalised else None
+    seen = []
+
+    def spy(params, x):
+        seen.append(x)
+        return x.flatten(1)
+
+    for key_mask in (None, MASK, ROWS, ROWS - BATCH):
+        loss = rnd_loss(None, None, images, key_mask, predictor=spy, target=lambda _, x: 2 * spy(_, x), obs_stats=stats)
+        plain = {"predictor": lambda _, x: x.flatten(1), "target": lambda _, x: 2 * x.flatten(1), "obs_stats": stats}
+        assert_close(loss, rnd_loss(None, None, images.contiguous(), key_mask, **plain))
+    if layout == "channels_last":
+        assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
+    if layout == "contiguous":
+        assert all(x.is_contiguous() for x in seen)
+
+
+def test_compiled_for_any_size_and_layout():
+    torch.compiler.reset()
+    backend, graphs = counting_backend()
+
+    def loss(images, rows):
+        return rnd_loss(
+            None, None, images, rows, predictor=lambda _, x: x.flatten(1), target=lambda _, x: 2 * x.flatten(1)
+        )
+
+    compiled = torch.compile(loss, fullgraph=True, backend=backend, dynamic=True)
+    for size in (4, 6, 7):
+        for layout in ("contiguous", "channels_last"):
+            images, rows = LAYOUTS[layout](observations(size, 3, size, size + 1)), torch.arange(0, size, 2)
+            assert_close(compiled(images, rows), loss(images, rows))
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "reversed"])
+def test_rows_of_any_layout_in_every_variant(variant, layout):
+    images = LAYOUTS[layout](observations(BATCH, 2, 4, 5))
+
+    def convolution(weight, x):
+        return torch.nn.functional.conv2d(x, weight).flatten(1)
+
+    def compute(pred, target, images, rows):
+        def loss(pred, images):
+            return rnd_loss(pred, target, images, rows, predictor=convolution)
+
+        return grad_and_value(loss, argnums=(0, 1))(pred, images)
+
+    args = (observations(3, 2, 2, 2), observations(3, 2, 2, 2, seed=8), images, ROWS)
+    assert_close(variant(compute)(*args), compute(*args[:2], images.contiguous(), ROWS))
 
 
 # ---- samples that do not count ---------------------------------------------------------------------------------------
@@ -1307,6 +1599,58 @@ TWO = {"a": observations(BATCH, 2), "b": observations(BATCH, 2)}
             {"predictor": None},
             TypeError,
             r"rnd_loss: predictor must be a function \(params, observations\) -> features, got NoneType",
+        ),
+        (
+            {"target_params": None},
+            TypeError,
+            r"rnd_loss: target_params must be parameters of the target network, got None\. Only rnd_loss with target_f",
+        ),
+        (
+            {"target_features": torch.ones(3, FEATURES), "key_mask": ROWS},
+            ValueError,
+            r"rnd_loss: target_features must be of shape \[6, \.\.\., K\] like the whole batch, got float32 \[3, 3\]\. "
+            r"Did you select rows\? key_mask selects from target_features, too\.",
+        ),
+        (
+            {"target_features": torch.ones(4, FEATURES), "key_mask": MASK},
+            ValueError,
+            r"target_features must be of shape \[6, \.\.\., K\] like the whole batch, got float32 \[4, 3\]",
+        ),
+        (
+            {"target_features": torch.tensor(1.0), "key_mask": MASK},
+            ValueError,
+            r"target_features must be of shape \[6, \.\.\., K\] like the whole batch, got float32 \[\]",
+        ),
+        (
+            {"target_features": torch.ones(4, FEATURES)},
+            ValueError,
+            r"target_features must be of shape \[6, 3\] like the predictor's features, got float32 \[4, 3\]",
+        ),
+        (
+            {"target_features": torch.ones(6, 5), "key_mask": ROWS},
+            ValueError,
+            r"target_features must be of shape \[3, 3\] like the predictor's features, got float32 \[3, 5\]",
+        ),
+        (
+            {"target_features": torch.ones(6), "key_mask": MASK},
+            ValueError,
+            r"target_features must be of shape \[6, 3\] like the predictor's features, got float32 \[6\]",
+        ),
+        (
+            {"target_features": torch.ones(6, FEATURES, dtype=torch.int64)},
+            TypeError,
+            r"rnd_loss: target_features must be a floating-point tensor, got int64 \[6, 3\]",
+        ),
+        (
+            {"target_features": torch.ones(6, FEATURES, dtype=torch.bool), "key_mask": MASK},
+            TypeError,
+            r"target_features must be a floating-point tensor, got bool \[6, 3\]",
+        ),
+        ({"target_features": [1.0]}, TypeError, r"rnd_loss: target_features must be a tensor, got list"),
+        (
+            {"target_features": torch.ones(6, FEATURES), "target": 3},
+            TypeError,
+            r"rnd_loss: target must be a function",
         ),
         ({"target": 3}, TypeError, r"rnd_loss: target must be a function \(params, .*, got int 3"),
         ({"batch": TWO, "obs_stats": {"a": None}}, KeyError, r"obs_stats must be a mapping with 'b', got keys \['a'\]"),
