@@ -193,6 +193,30 @@ def test_everything_can_be_captured_in_a_graph(case: Any) -> None:
     torch.testing.assert_close(captured, expected, rtol=1e-4, atol=1e-5)
 
 
+@on_gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_whole_update_as_one_graph(compiled: bool, dtype: str) -> None:
+    for needed in ("gymnasium", "matplotlib", "tensorboard", "tqdm", "tyro"):
+        pytest.importorskip(needed, reason='the extra "learning" is not installed')
+    from benchmarks.learning.dreamer_v3 import Config
+    from benchmarks.learning.updates import capture, make_learner, make_update
+
+    _, (_, _, batch, noise) = whole_case()
+    sizes = {**SIZES, "num_reward_bins": 255}
+    agent = Agent((5,), {"steer": Continuous(2), "jump": Discrete(3)}, **sizes).cuda()
+    batch, noise = to("cuda", (batch, noise))
+    batch["state"] = agent.initial(2).state
+    update = make_update(agent, Config(horizon=2, warmup=0, compile=compiled, dtype=dtype))
+    learner = own = make_learner(agent)
+    replay = capture(update, learner, batch, noise)
+    for _ in range(3):
+        learner, wanted = update(learner, batch, noise)
+        own, metrics = replay(own, batch, noise)
+        torch.testing.assert_close(metrics["losses"], wanted["losses"], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(own.params, learner.params, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", REDUCTIONS)
 def test_fused_reductions_are_those_of_the_cpu_without_waiting(
     name: str, device: str, no_waiting: Any, monkeypatch: Any

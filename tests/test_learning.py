@@ -15,10 +15,12 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, MultiDiscrete
 from gymnasium.spaces import Discrete as DiscreteSpace
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.learning import dreamer_v3, environments, records
 from benchmarks.learning.dreamer_v3 import Config, Replay, Run, make_batch
 from benchmarks.learning.environments import Task
+from benchmarks.learning.updates import capture, captured, make_update
 
 TINY = Config(
     envs=2, train_ratio=2, batch=2, length=4, horizon=2, starts=2, prefill=20, deter=16, hidden=8, stoch=2, classes=4,
@@ -129,6 +131,94 @@ def test_the_update_is_a_function(run):
     assert sum(moved) > len(moved) / 2
 
 
+def same(a, b):
+    torch.testing.assert_close(tree_flatten(a)[0], tree_flatten(b)[0], rtol=0, atol=0)
+
+
+class Recording:
+    """A graph for a CPU: a replay runs what was recorded, into the tensors that recording has put out."""
+
+    def record(self, function):
+        for _ in range(3):  # a warm-up, as on a GPU
+            function()
+        self.function, self.outputs = function, function()
+        return self.outputs
+
+    def replay(self):
+        for old, new in zip(tree_flatten(self.outputs)[0], tree_flatten(self.function())[0], strict=True):
+            old.copy_(new)
+
+
+def test_a_captured_update_is_the_update(run):
+    arguments = [batch_of(run)[1:]]
+    arguments.append(tree_map(lambda x: x.clone() if x.dtype != torch.float32 else 0.9 * x, arguments[0]))
+    learner, replay = run.learner, capture(run.update, run.learner, *arguments[0], graph=Recording)
+    before, own, seen = tree_map(torch.clone, run.learner), run.learner, []
+    for batch, noise in (*arguments, *arguments):
+        learner, wanted = run.update(learner, batch, noise)
+        own, metrics = replay(own, batch, noise)
+        same(own, learner)
+        same(metrics, wanted)
+        seen.append(float(metrics["losses"]["reco"]))
+    same(run.learner, before)
+    assert len(set(seen)) == 4
+    # Another learner, as of a checkpoint, goes on from where it is.
+    after, _ = replay(before, *arguments[0])
+    same(after, run.update(before, *arguments[0])[0])
+    same(run.learner, before)
+
+
+def test_a_captured_update_keeps_to_its_shapes(run):
+    _, batch, noise = batch_of(run)
+    replay = capture(run.update, run.learner, batch, noise, graph=Recording)
+    with pytest.raises(ValueError, match=r"takes the shapes it was captured with: .*\[2, 4\]\), got .*\[2, 3\]"):
+        replay(run.learner, {**batch, "reward": batch["reward"][:, 1:]}, noise)
+
+
+def test_a_run_with_a_captured_update_is_the_same(tmp_path, run):
+    other = Run(dataclasses.replace(run.config, logdir=tmp_path / "captured"))
+    other.config.logdir.mkdir()
+    other.update = captured(other.update, graph=Recording)
+    other.train()
+    same(other.learner, run.learner)
+    same(other.replay.data, run.replay.data)
+    assert curve(other) == curve(run)
+
+
+class NoQuestions(TorchDispatchMode):
+    """Refuses what would make the host wait for a device."""
+
+    waits = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "lift_fresh")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        assert name not in self.waits, name
+        indices = args[1] if name in ("index", "index_put_") else ()
+        assert all(x is None or x.dtype != torch.bool for x in indices), name
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_update_waits_for_nothing(run, dtype):
+    _, batch, noise = batch_of(run)
+    update = make_update(run.agent, dataclasses.replace(run.config, dtype=dtype))
+    with NoQuestions():
+        update(run.learner, batch, noise)
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            float(batch["reward"].sum())
+
+
+def test_in_bfloat16_only_the_products_are(run):
+    _, batch, noise = batch_of(run)
+    update = make_update(run.agent, dataclasses.replace(run.config, dtype="bfloat16"))
+    (learner, metrics), (_, wanted) = update(run.learner, batch, noise), run.update(run.learner, batch, noise)
+    dtypes = {x.dtype for x in tree_flatten((learner, metrics))[0]}
+    assert dtypes == {torch.float32, torch.int64}
+    assert metrics["losses"]["reco"] != wanted["losses"]["reco"]
+    torch.testing.assert_close(metrics["losses"], wanted["losses"], rtol=0.05, atol=0.02)
+    same(update(run.learner, batch, noise), (learner, metrics))
+
+
 def curve(run):
     return [{name: x for name, x in row.items() if name != "seconds"} for row in run.rows]
 
@@ -148,9 +238,12 @@ def interrupted(config, step):
         run.train()
 
 
-@pytest.mark.parametrize("task", ["CartPole-v1", "Pendulum-v1"])
-def test_a_run_goes_on_as_if_it_had_not_been_interrupted(tmp_path, task):
-    config = dataclasses.replace(TINY, task=task, steps=160, logdir=tmp_path / "whole", checkpoint_every=40)
+@pytest.mark.parametrize(
+    ("task", "dtype"), [("CartPole-v1", "float32"), ("Pendulum-v1", "float32"), ("CartPole-v1", "bfloat16")]
+)
+def test_a_run_goes_on_as_if_it_had_not_been_interrupted(tmp_path, task, dtype):
+    settings = {"task": task, "dtype": dtype, "steps": 160, "checkpoint_every": 40}
+    config = dataclasses.replace(TINY, **settings, logdir=tmp_path / "whole")
     whole, other = Run(config), dataclasses.replace(config, logdir=tmp_path / "cut")
     for folder in (config.logdir, other.logdir):
         folder.mkdir()

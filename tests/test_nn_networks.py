@@ -51,7 +51,7 @@ def equal_in(variant, module, *inputs):
 
 def test_the_public_names_are_exactly_these():
     public = {k for k in vars(rlloss_nn.networks) if not k.startswith("_")}
-    modules = {"agent", "codecs", "heads", "layers", "observations", "rnd", "rssm", "world_model"}
+    modules = {"agent", "codecs", "heads", "layers", "loop", "observations", "rnd", "rssm", "world_model"}
     assert public - modules == set(rlloss_nn.networks.__all__)
     assert len(set(rlloss_nn.networks.__all__)) == len(rlloss_nn.networks.__all__)
 

@@ -12,9 +12,9 @@ any interruption as if there had been none.
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from tqdm import tqdm
 import rlloss
 from benchmarks.learning.environments import Task
 from benchmarks.learning.records import Log, draw_run, read_checkpoint, refuse_used, write_checkpoint
+from benchmarks.learning.updates import captured, make_learner, make_update
 from rlloss_nn import functionalize
 from rlloss_nn.networks import Agent, Discrete, RSSMState
 
@@ -47,6 +48,8 @@ class Config:
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = 0  # CPU threads of torch; 0: its own choice
     compile: bool = False  # compile the loss; takes a while at the start, pays off in long runs
+    cuda_graph: bool = True  # with CUDA: the whole update as one graph, launched at once
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the networks' products; all else is float32
     checkpoint_every: int = 5_000  # environment steps
 
     envs: int = 16
@@ -141,50 +144,6 @@ class Replay:
 # ------------------------------------------------------------------------------------------------ learning
 
 
-class Learner(NamedTuple):
-    """All that an update changes."""
-
-    params: dict[str, dict[str, Tensor]]
-    loss: rlloss.DreamerV3State
-    optimizer: rlloss.LaPropState
-
-
-def make_learner(agent: Agent) -> Learner:
-    params = tree_map(lambda p: p.detach().clone(), agent.functional()[1])
-    slow_critic = tree_map(torch.clone, params["critic"])
-    like = next(iter(slow_critic.values()))
-    state = rlloss.DreamerV3State(slow_critic, rlloss.return_range_init(device=like.device))
-    return Learner(params, state, rlloss.laprop_init(params))
-
-
-def make_update(agent: Agent, config: Config) -> Callable[..., tuple[Learner, dict[str, Any]]]:
-    """One step of training as a function: equal arguments, equal results, and nothing is changed."""
-    functions, _ = agent.functional(step_backend="inductor" if config.compile else None)
-
-    def loss(params: Any, state: Any, batch: Any, noise: Any) -> Any:
-        return rlloss.dreamer_v3_loss(
-            params, state, batch, noise, agent=functions, horizon=config.horizon, starts=config.starts,
-            replay_discount=config.discount, entropy=config.entropy, continue_target_scale=config.discount,
-            lambda_reco=config.reco,
-        )  # fmt: skip
-
-    loss = torch.compile(loss) if config.compile else loss
-
-    def update(learner: Learner, batch: dict[str, Any], noise: dict[str, Any]) -> tuple[Learner, dict[str, Any]]:
-        leaves, spec = tree_flatten(learner.params)
-        leaves = [p.detach().requires_grad_() for p in leaves]
-        total, aux, state = loss(tree_unflatten(leaves, spec), learner.loss, batch, noise)
-        grads = tree_unflatten(torch.autograd.grad(total, leaves), spec)
-        with torch.no_grad():
-            rate = {"learning_rate": config.learning_rate, "warmup": config.warmup}
-            params, optimizer = rlloss.laprop_update(learner.params, grads, learner.optimizer, **rate)
-            slow = rlloss.ema_update(state.slow_critic, params["critic"])
-        metrics = {"losses": {**aux["losses"], "entropy": aux["entropy"].mean()}, "latents": aux["outputs"]["state"]}
-        return Learner(params, state._replace(slow_critic=slow), optimizer), metrics
-
-    return update
-
-
 def make_batch(steps: dict[str, Tensor], agent: Agent, config: Config, generator: torch.Generator) -> tuple[Any, Any]:
     """What the update takes, of replayed sequences: their first step gives the state and action to start from."""
     device = generator.device
@@ -228,6 +187,8 @@ class Run:
         entries |= {"deter": ((config.deter,), torch.float32), "stoch": ((config.stoch,), torch.int16)}
         self.replay = Replay(entries, config.envs, config.capacity, config.length + 1)
         self.learner, self.update = make_learner(self.agent), make_update(self.agent, config)
+        if config.device == "cuda" and config.cuda_graph:
+            self.update = captured(self.update)
         self.act = functionalize(self.agent, method="act")[0]
         self.memory = self.agent.initial(config.envs)
         self.noise = torch.Generator(config.device).manual_seed(config.seed)
@@ -368,7 +329,7 @@ def flat(params: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def settings(config: Config) -> dict[str, Any]:
     """What the numbers of a run depend on."""
-    free = ("steps", "minutes", "logdir", "resume", "checkpoint_every")
+    free = ("steps", "minutes", "logdir", "resume", "checkpoint_every", "cuda_graph")
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
 
 

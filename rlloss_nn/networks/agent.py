@@ -4,10 +4,12 @@ Source of all: Hafner et al. 2023 (arXiv:2301.04104); danijar/dreamerv3@e3f0224 
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from rlloss import checks
 from rlloss.dreamer_v3 import DreamerV3Agent, Imagination
@@ -16,8 +18,9 @@ from rlloss.policy import CategoricalPolicy, NormalPolicy, Policy, bounded_norma
 from rlloss_nn.functional import functionalize
 from rlloss_nn.networks.heads import MLPHead
 from rlloss_nn.networks.layers import MLP, linear, positive
+from rlloss_nn.networks.loop import Loop
 from rlloss_nn.networks.observations import ObservationShape
-from rlloss_nn.networks.rssm import RSSMState, opaque
+from rlloss_nn.networks.rssm import RSSMState
 from rlloss_nn.networks.world_model import WorldModel
 
 
@@ -93,9 +96,17 @@ class Actor(nn.Module):
     def forward(self, features: Tensor) -> Policy:
         """[..., in_features] to the distribution of the action, or a dict of several by name."""
         checks.last_dimension("Actor", "features", features, self.mlp.in_features)
+        return self.policy(self.outputs(features))
+
+    def outputs(self, features: Tensor) -> list[Tensor]:
+        """Numbers that describe the distribution of each action."""
         x = self.mlp(features)
-        outputs = zip(self.spaces.items(), self.out, strict=True)
-        policies = {name: self._policy(space, layer(x)) for (name, space), layer in outputs}
+        return [layer(x) for layer in self.out]
+
+    def policy(self, outputs: list[Tensor]) -> Policy:
+        """The distributions that :meth:`outputs` describe."""
+        named = zip(self.spaces.items(), outputs, strict=True)
+        policies = {name: self._policy(space, x) for (name, space), x in named}
         return policies[SINGLE] if self.single else policies
 
     def _policy(self, space: Discrete | Continuous, outputs: Tensor) -> NormalPolicy | CategoricalPolicy:
@@ -250,38 +261,61 @@ class Agent(nn.Module):
         }
         return {"latent": latent, "policy": policy[SINGLE] if self.single else policy}
 
-    def functional(self, *, step_backend: str | None = None) -> tuple[DreamerV3Agent, dict[str, dict[str, Tensor]]]:
+    def functional(
+        self, *, step_backend: str | None = None, autocast: torch.dtype | None = None
+    ) -> tuple[DreamerV3Agent, dict[str, dict[str, Tensor]]]:
         """``(agent, params)``, as :func:`rlloss.dreamer_v3_loss` takes them; nothing is copied.
 
         Args:
-            step_backend: of ``torch.compile``, such as "inductor": one step of each loop over time is compiled and
-                used for all steps, see :meth:`RSSM.compile_steps`. With ``torch.compile(loss)`` around the loss (not
-                ``fullgraph``) all else is compiled too, in graphs without a loop. None compiles nothing.
+            step_backend: of ``torch.compile``, such as "inductor", for steps of the loops over time: with
+                ``torch.compile(loss, fullgraph=True)`` around the loss one step of each is compiled, see
+                :meth:`RSSM.compile_steps`, and all else is one graph without a loop. None leaves loops to the compiler.
+            autocast: dtype that matrix products of the networks are made in, such as ``torch.bfloat16``. Parameters,
+                recurrent states and all outputs, and so losses, gradients and statistics, stay float32. None for none.
         """
         if step_backend is not None:
             self.world_model.rssm.compile_steps(backend=step_backend)
         model, features = self.world_model, self.world_model.features
         world_model, model_params = functionalize(model)
-        actor, actor_params = functionalize(self.actor)
         critic, critic_params = functionalize(self.critic)
-        step, reward, continuation = (
-            _part(model, "rssm", "imagine_step"),
-            _part(model, "reward_head"),
-            _part(model, "continue_head"),
-        )
+        reward, continuation = _part(model, "reward_head"), _part(model, "continue_head")
+        actor, actor_params = self._actor(step_backend)
+        step = _part(model, "rssm", "imagine_step")
 
         def dynamics(params: Any, state: RSSMState, action: Any, noise: Tensor) -> Any:
             return step(params, state, self.flatten_action(action), noise)[0]
 
+        # What the actor puts out becomes a distribution after the cast: its deviations have float32's digits.
+        cast = partial(_cast, kind=next(self.parameters()).device.type, dtype=autocast)
+        outputs = cast(lambda params, state: actor(params, features(*state)))
         agent = DreamerV3Agent(
-            world_model=lambda params, batch: with_state(world_model(params, batch)),
-            dynamics=dynamics if step_backend is None else opaque(dynamics),
-            reward=lambda params, state: reward(params, features(*state)),
-            continuation=lambda params, state: continuation(params, features(*state)).squeeze(-1),
-            actor=lambda params, state: actor(params, features(*state)),
-            critic=lambda params, state: critic(params, features(*state)),
+            world_model=cast(lambda params, batch: with_state(world_model(params, batch))),
+            dynamics=cast(dynamics),
+            reward=cast(lambda params, state: reward(params, features(*state))),
+            continuation=cast(lambda params, state: continuation(params, features(*state)).squeeze(-1)),
+            actor=lambda params, state: self.actor.policy(outputs(params, state)),
+            critic=cast(lambda params, state: critic(params, features(*state))),
         )
         return agent, {"world_model": model_params, "actor": actor_params, "critic": critic_params}
+
+    def _actor(self, step_backend: str | None) -> tuple[Callable[..., list[Tensor]], dict[str, Tensor]]:
+        """The actor's outputs as a function, and its parameters; in a rollout a compiler takes it for one operation."""
+        outputs, params = functionalize(self.actor, method="outputs")
+        if step_backend is None:
+            return outputs, params
+
+        def step(weights: list[Tensor], carry: list[Tensor], inputs: list[Tensor], _: list[Tensor]) -> Any:
+            return carry, outputs(dict(zip(params, weights, strict=True)), *inputs)
+
+        loop = Loop(step, step_backend)
+
+        def steps(given: Mapping[str, Tensor], features: Tensor) -> list[Tensor]:
+            # A rollout asks for one step [B, *] at a time, a loss for all [B, T, *] at once.
+            if features.ndim > 2 or not torch.compiler.is_compiling():
+                return outputs(given, features)  # type: ignore[no-any-return]
+            return [x.squeeze(1) for x in loop([given[name] for name in params], [], [features.unsqueeze(1)], [])]
+
+        return steps, params
 
 
 #: Name of an action that has none.
@@ -304,6 +338,19 @@ def _part(module: nn.Module, name: str, method: str = "forward") -> Callable[...
         )
 
     return apply_part
+
+
+def _cast(function: Callable[..., Any], *, kind: str, dtype: torch.dtype | None) -> Callable[..., Any]:
+    """``function`` under autocast on a kind of device, what it puts out in float32."""
+    if dtype is None:
+        return function
+
+    def call(*inputs: Any) -> Any:
+        with torch.autocast(kind, dtype):
+            outputs = function(*inputs)
+        return tree_map(lambda x: x.float() if x.dtype == dtype else x, outputs)
+
+    return call
 
 
 def _spaces(function: str, actions: ActionSpace) -> tuple[dict[str, Discrete | Continuous], bool]:

@@ -4,7 +4,7 @@ Source of all: Hafner et al. 2023 (arXiv:2301.04104), section "World model learn
 dreamerv3/rssm.py ``RSSM``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,9 @@ from torch.nn import functional
 
 from rlloss import checks
 from rlloss.categorical import straight_through_one_hot, unimix
+from rlloss_nn.functional import functionalize
 from rlloss_nn.networks.layers import MLP, BlockLinear, RMSNorm, activation, divisible, exact_shape, linear, positive
+from rlloss_nn.networks.loop import Loop
 
 
 class RSSMState(NamedTuple):
@@ -21,6 +23,12 @@ class RSSMState(NamedTuple):
 
     deter: Tensor  # [B, deter], float: the recurrent state
     stoch: Tensor  # [B, groups, classes], float: a one-hot sample for each group
+
+
+#: Parameters that a step of each loop reads, by the beginnings of their names.
+CORE = ("deter_in.", "stoch_in.", "core_")
+OBSERVING = (*CORE, "posterior_norm.", "posterior_mlp.", "posterior_logits.")
+IMAGINING = (*CORE, "action_in.", "prior_")
 
 
 class Observed(NamedTuple):
@@ -124,20 +132,35 @@ class RSSM(nn.Module):
         self.posterior_norm = RMSNorm(hidden)
         self.posterior_mlp = MLP(hidden, hidden, obs_layers - 1, act)
         self.posterior_logits = linear(hidden, stoch * classes)
-        self.compiled: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+        self.compiled: tuple[Loop, Loop] | None = None
 
     def compile_steps(self, *, backend: str = "inductor") -> None:
-        """Compile one step of :meth:`observe` and one of :meth:`imagine`, at their first call, for all steps.
+        """Let a compiler take the loops of :meth:`observe` and :meth:`imagine` for one operation each (:class:`Loop`).
 
-        A compiler that sees a loop over time unrolls it, which takes minutes for 64 steps. A step takes seconds, and
-        what else is compiled around the loop (not with ``fullgraph``) becomes a graph before it and one after it.
-        ``torch.func`` transforms work as before. A copy is as if this had not been called.
+        A compiler that sees a loop over time unrolls it, which takes minutes for 64 steps. So, one step is compiled, at
+        its first call, for all of them, and what is compiled around it is one graph (``fullgraph``). Where nothing is
+        compiled around it, all is as before, ``torch.func`` transforms included; so it is in a copy.
 
         Args:
             backend: as ``torch.compile`` takes it.
         """
-        observe, imagine = (torch.compile(step, backend=backend) for step in (RSSM._observe, RSSM._imagine))
-        self.compiled = opaque(lambda rssm, *inputs: rssm._loop(observe, *inputs)), opaque(imagine)
+        self.compiled = self._step("_observe", OBSERVING, backend), self._step("_imagine_action", IMAGINING, backend)
+
+    def _step(self, method: str, names: tuple[str, ...], backend: str) -> Loop:
+        """A method for one step as a function of its weights: those of ``names``, then what else it takes as one."""
+        apply, own = functionalize(self, method=method)
+        used = [name for name in own if name.startswith(names)]
+
+        def step(weights: list[Tensor], carry: list[Tensor], *inputs: list[Tensor]) -> Any:
+            params = {**own, **dict(zip(used, weights, strict=False))}
+            rest = [x for part in inputs for x in part] + weights[len(used) :]
+            state, logits = apply(params, RSSMState(*carry), *rest)
+            return list(state), [logits]
+
+        return Loop(step, backend)
+
+    def _weights(self, names: tuple[str, ...]) -> list[Tensor]:
+        return [p for name, p in self.named_parameters() if name.startswith(names)]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "compiled": None}
@@ -186,12 +209,20 @@ class RSSM(nn.Module):
         deter_weight, token_weight = self._posterior_weights()
         token_inputs = functional.linear(tokens, token_weight, self.posterior_in.bias)
 
-        inputs = (is_first, action_inputs, token_inputs, noise)
-        if self.compiled is None:
-            deters, stochs, logits, state = self._loop(RSSM._observe, state, inputs, deter_weight)
-        else:
-            deters, stochs, logits, state = self.compiled[0](self, state, inputs, deter_weight)
-        return Observed(deters, stochs, self.prior(deters), logits, state)
+        if self.compiled is not None and torch.compiler.is_compiling():
+            weights = [*self._weights(OBSERVING), deter_weight]
+            loop = self.compiled[0](weights, list(state), [action_inputs, token_inputs], [is_first, noise])
+            deters, stochs, posterior_logits = loop
+            state = RSSMState(deters[:, -1], stochs[:, -1])
+            return Observed(deters, stochs, self.prior(deters), posterior_logits, state)
+        states, logits = [], []
+        inputs = [x.unbind(1) for x in (action_inputs, token_inputs, is_first, noise)]
+        for action_input, token_input, is_first_t, noise_t in zip(*inputs, strict=True):
+            state, logits_t = self._observe(state, action_input, token_input, is_first_t, noise_t, deter_weight)
+            states.append(state)
+            logits.append(logits_t)
+        deters, stochs = (torch.stack(x, 1) for x in zip(*states, strict=True))
+        return Observed(deters, stochs, self.prior(deters), torch.stack(logits, 1), state)
 
     def observe_step(
         self, state: RSSMState, tokens: Tensor, action: Tensor, is_first: Tensor, noise: Tensor
@@ -242,11 +273,13 @@ class RSSM(nn.Module):
         noise = self._noise(function, noise, action.shape[:2])
         state = self._state(function, state, action.shape[0])
 
+        if self.compiled is not None and torch.compiler.is_compiling():
+            deters, stochs, all_logits = self.compiled[1](self._weights(IMAGINING), list(state), [action], [noise])
+            return Imagined(deters, stochs, all_logits, RSSMState(deters[:, -1], stochs[:, -1]))
         states, logits = [], []
         action_inputs = self._action_inputs(action)
-        step = RSSM._imagine if self.compiled is None else self.compiled[1]
         for action_input, noise_t in zip(action_inputs.unbind(1), noise.unbind(1), strict=True):
-            state, logits_t = step(self, state, action_input, noise_t)
+            state, logits_t = self._imagine(state, action_input, noise_t)
             states.append(state)
             logits.append(logits_t)
         deters, stochs = (torch.stack(x, 1) for x in zip(*states, strict=True))
@@ -271,9 +304,10 @@ class RSSM(nn.Module):
         action = self._action(function, action, ("B",))
         noise = self._noise(function, noise, action.shape[:1])
         state = self._state(function, state, action.shape[0])
-        step = RSSM._imagine if self.compiled is None else self.compiled[1]
-        following: tuple[RSSMState, Tensor] = step(self, state, self._action_inputs(action), noise)
-        return following
+        if self.compiled is None or not torch.compiler.is_compiling():
+            return self._imagine_action(state, action, noise)
+        imagined = self.imagine(state, action.unsqueeze(1), noise.unsqueeze(1))
+        return imagined.state, imagined.prior_logits.squeeze(1)
 
     def core(self, state: RSSMState, action: Tensor) -> Tensor:
         """The deterministic step: a state and the action [B, action_dim] after it to the next deter [B, deter]."""
@@ -312,9 +346,9 @@ class RSSM(nn.Module):
     def _observe(
         self,
         state: RSSMState,
-        is_first: Tensor,
         action_input: Tensor,
         token_input: Tensor,
+        is_first: Tensor,
         noise: Tensor,
         deter_weight: Tensor,
     ) -> tuple[RSSMState, Tensor]:
@@ -329,19 +363,8 @@ class RSSM(nn.Module):
         logits = self.prior(deter)
         return RSSMState(deter, self._sample(logits, noise)), logits
 
-    def _loop(
-        self, step: Callable[..., Any], state: RSSMState, inputs: Sequence[Tensor], deter_weight: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, RSSMState]:
-        """The loop over time: deter, stoch and logits of all steps, and the last state."""
-        states, logits = [], []
-        for time, inputs_t in enumerate(zip(*(x.unbind(1) for x in inputs), strict=True)):
-            # A first state has no gradient: to compile it would be to compile a second kind of step.
-            run: Callable[..., Any] = step if time else RSSM._observe
-            state, logits_t = run(self, state, *inputs_t, deter_weight)
-            states.append(state)
-            logits.append(logits_t)
-        deters, stochs = (torch.stack(x, 1) for x in zip(*states, strict=True))
-        return deters, stochs, torch.stack(logits, 1), state
+    def _imagine_action(self, state: RSSMState, action: Tensor, noise: Tensor) -> tuple[RSSMState, Tensor]:
+        return self._imagine(state, self._action_inputs(action), noise)
 
     def _action_inputs(self, action: Tensor) -> Tensor:
         # An action outside [-1, 1] enters as -1 or 1, but keeps a gradient, which a clamp would not.
@@ -363,7 +386,8 @@ class RSSM(nn.Module):
         return torch.unflatten(logits, -1, (self.stoch, self.classes))
 
     def _sample(self, logits: Tensor, noise: Tensor) -> Tensor:
-        return straight_through_one_hot(unimix(logits, self.unimix), noise).to(logits.dtype)
+        # In the dtype of the state, not of the logits: under autocast all steps start from a state of one kind.
+        return straight_through_one_hot(unimix(logits, self.unimix), noise).to(self.core_gates.bias.dtype)
 
     def _tokens(self, function: str, tokens: Tensor, leading: Sequence[int]) -> Tensor:
         tokens = checks.floating(function, "tokens", tokens)
@@ -391,17 +415,6 @@ class RSSM(nn.Module):
         exact_shape(function, "state.stoch", stoch, (batch_size, self.stoch, self.classes))
         dtype = self.core_gates.bias.dtype
         return RSSMState(deter.to(dtype), stoch.to(dtype))
-
-
-def opaque(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` for a caller that may be compiled: the compiler does not look inside."""
-
-    # A function around it, for to disable what is itself compiled would undo that.
-    def call(*arguments: Any) -> Any:
-        return function(*arguments)
-
-    disabled: Callable[..., Any] = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
-    return disabled
 
 
 def _reset(state: RSSMState, is_first: Tensor) -> RSSMState:
