@@ -231,16 +231,21 @@ def _divergences(posterior: Tensor, prior: Tensor, mix: Scalar, dims: int) -> tu
     """The divergences that train the posterior and the prior, of each row of ``dims`` dimensions."""
     formula = partial(_kl_pair, mix=mix, dims=dims)
     # A mixture that may underflow, or is to be differentiated by its share, has no fast path.
-    if isinstance(mix, Tensor) or 0 < mix < 1e-6:
+    if isinstance(mix, Tensor) or 0 < mix < SMALLEST_MIX:
         return formula(posterior, prior)
     of_posterior, of_prior = fused.reduce(fused.Divergence(formula, dims, mix), posterior, prior)
     return of_posterior, of_prior
 
 
 def _kl_pair(posterior: Tensor, prior: Tensor, *, mix: Scalar, dims: int) -> tuple[Tensor, Tensor]:
-    posterior, prior = _unimix(posterior, mix), _unimix(prior, mix)
-    pair = _kl(posterior, prior.detach()), _kl(posterior.detach(), prior)
-    return pair if dims == 1 else (pair[0].sum(-1), pair[1].sum(-1))
+    if isinstance(mix, Tensor) or mix < SMALLEST_MIX:
+        posterior, prior = _unimix(posterior, mix), _unimix(prior, mix)
+        pair = _kl(posterior, prior.detach()), _kl(posterior.detach(), prior)
+        return pair if dims == 1 else (pair[0].sum(-1), pair[1].sum(-1))
+    # Probabilities that cannot be 0 need no logits: one logarithm, of the quotient.
+    p, q = (mix / x.shape[-1] + (1 - mix) * torch.softmax(x, -1) for x in (posterior, prior))
+    over = tuple(range(-dims, 0))
+    return (p * torch.log(p / q.detach())).sum(over), (p.detach() * torch.log(p.detach() / q)).sum(over)
 
 
 def _kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
@@ -258,6 +263,9 @@ def _at_least(x: Tensor, floor: Scalar) -> Tensor:
         return x
     return torch.maximum(x, checks.scalar_like(x, floor))
 
+
+#: The least share of the uniform distribution that keeps every probability, and the quotient of two, a normal number.
+SMALLEST_MIX = 1e-6
 
 # Under its own name `unimix` is hidden by the argument of `categorical_kl_terms`.
 _unimix = unimix

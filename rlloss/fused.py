@@ -1,7 +1,7 @@
 r"""The hot reductions in one pass over memory; how fast paths are chosen, and nothing else.
 
 A loss does almost no arithmetic. Its time is the memory it touches, most of all the fresh pages of full-size
-temporaries; so a fast path has none, and writes each element of a gradient once.
+temporaries; so a fast path has none: each element of a gradient is written once, and once more where it is scaled.
 
 =============================================  ========  ============================================================
 where                                          path      why
@@ -15,7 +15,7 @@ CUDA, float32, ``smallest`` elements or more,  Triton    one kernel reads each e
 Triton installed                                         far, its kernels only in Triton's interpreter
 fewer elements                                 plain     calling a Function costs more than the temporaries
 anything else: other devices, mixed dtypes,    plain     no fast path was written
-subclasses of Tensor
+subclasses of Tensor, inference tensors
 =============================================  ========  ============================================================
 
 Every path gives the same numbers, up to rounding. Under ``vmap`` a batch is more rows of the same pass, and the size
@@ -89,6 +89,8 @@ def has_fast_path(reduction: Reduction, operands: Tensors) -> bool:
     """The table at the head of this file."""
     if torch.compiler.is_compiling() or operands[0].numel() < max(reduction.smallest, 1):
         return False
+    if torch.is_grad_enabled() and any(x.is_inference() for x in operands):
+        return False  # they cannot be saved for a backward pass
     dtypes = {x.dtype for x in operands} - set(reduction.integers)
     devices = {x.device.type for x in operands}
     if len(dtypes) != 1 or any(type(x) not in (Tensor, torch.nn.Parameter) for x in operands):
@@ -101,7 +103,9 @@ def has_fast_path(reduction: Reduction, operands: Tensors) -> bool:
 def _backward_follows(reduction: Reduction, operands: Tensors) -> bool:
     """Whether gradients computed now will most likely be asked for, and by plain autograd."""
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in operands[: reduction.live])
-    return wanted and not operands[0].is_cuda and not in_transform()
+    # Hooks that move or forget what is saved, as of checkpointing, do not see gradients made in advance.
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    return wanted and not hooked and not operands[0].is_cuda and not in_transform()
 
 
 def in_transform() -> bool:
@@ -172,18 +176,28 @@ class _Both(torch.autograd.Function):
             reduction.value(rows, scratch, part)
             reduction.slope(rows, scratch, _at(wanted, parts, reduction.live))
         ctx.slopes = slopes
-        return _for_each(reduction, out)
+        ctx.set_materialize_grads(False)
+        values = _for_each(reduction, out)
+        ctx.mark_non_differentiable(*[value for i, value in enumerate(values) if i not in wanted])
+        return values
 
     @staticmethod
-    def backward(ctx: Any, *scales: Tensor) -> Any:
-        wanted, number = _wanted(ctx, ctx.reduction), len(ctx.needs_input_grad) - 1
+    def backward(ctx: Any, *scales: Tensor | None) -> Any:
+        reduction, wanted = ctx.reduction, _wanted(ctx, ctx.reduction)
         slopes, ctx.slopes = ctx.slopes, None
+        used = tuple(i for i in wanted if scales[i] is not None)
+        known = [scale for scale in scales if scale is not None]
+        if not known:
+            return (None,) * len(ctx.needs_input_grad)
+        # Whatever stands in for the scales of values that nobody used.
+        full = [known[0] if scale is None else scale for scale in scales]
         # A second walk through the graph, or one that is recorded or batched, computes them anew.
-        if slopes is None or torch.is_grad_enabled() or in_transform() or any(map(legacy_batched, scales)):
-            return None, *_slopes(ctx.reduction, wanted, scales, ctx.saved_tensors)
-        for i, slope in zip(wanted, slopes, strict=True):
-            _scale(slope, scales[i], ctx.reduction.factors()[i])
-        return None, *_at(wanted, slopes, number)
+        if slopes is None or torch.is_grad_enabled() or in_transform() or any(map(legacy_batched, known)):
+            return None, *_slopes(reduction, used, full, ctx.saved_tensors)
+        by_place = dict(zip(wanted, slopes, strict=True))
+        for i in used:
+            _scale(by_place[i], full[i], reduction.factors()[i])
+        return None, *_at(used, [by_place[i] for i in used], len(ctx.needs_input_grad) - 1)
 
 
 class _Slope(torch.autograd.Function):

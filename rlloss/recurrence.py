@@ -5,12 +5,12 @@ in each round an entry comes to know twice as many of those behind it. The compi
 transforms of ``torch.func`` get the steps themselves.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import vjp
+from torch.nn.functional import pad
 
 from rlloss.fused import in_transform, legacy_batched
 
@@ -34,6 +34,8 @@ def chained(reward: Tensor, bootstrap: Tensor, known: Tensor, chain: Tensor) -> 
     operands = reward, bootstrap, known, chain
     if torch.compiler.is_compiling() or in_transform() or any(type(x) is not Tensor for x in operands):
         return _step_by_step(*operands)
+    if torch.is_grad_enabled() and any(x.is_inference() for x in operands):
+        return _step_by_step(*operands)  # what was made in inference mode cannot be saved for a backward pass
     y: Tensor = _Chained.apply(*operands)  # type: ignore[no-untyped-call]
     return y
 
@@ -64,47 +66,49 @@ class _Chained(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, reward: Tensor, bootstrap: Tensor, known: Tensor, chain: Tensor) -> Tensor:
-        y = torch.empty_like(reward, memory_format=torch.contiguous_format)
-        y[..., -1] = bootstrap[..., -1]
-        torch.addcmul(reward[..., 1:], known, _silenced(known, bootstrap[..., 1:]), out=y[..., :-1])
-        for reach, weight in _rounds(chain):
-            y[..., :-reach].addcmul_(weight, _silenced(weight, y[..., reach:]))
-        ctx.save_for_backward(reward, bootstrap, known, chain, y if ctx.needs_input_grad[3] else None)
-        return y[..., :-1].clone() if ctx.needs_input_grad[3] else y[..., :-1]
+        y = reward.new_empty(chain.shape)
+        torch.addcmul(reward[..., 1:], known, _gated(bootstrap[..., 1:], known.abs()), out=y)
+        end, at_end = bootstrap[..., -1], chain[..., -1]
+        y[..., -1].addcmul_(at_end, _gated(end, at_end.abs()))
+        reach, weight = 1, chain[..., :-1]
+        while reach < y.shape[-1]:
+            gate = weight.abs()
+            y[..., :-reach].addcmul_(weight, _gated(y[..., reach:], gate))
+            # A product of weights is gated too: behind an end there may be anything.
+            weight = weight[..., :-reach] * _gated(weight[..., reach:], gate[..., :-reach])
+            reach *= 2
+        # A copy of what is saved is put out, for the caller may write into it.
+        ctx.save_for_backward(reward, bootstrap, known, chain, y.clone() if ctx.needs_input_grad[3] else None)
+        return y
 
     @staticmethod
     def backward(ctx: Any, direction: Tensor) -> Any:
         reward, bootstrap, known, chain, y = ctx.saved_tensors
         if torch.is_grad_enabled() or in_transform() or legacy_batched(direction):
             return vjp(_step_by_step, reward, bootstrap, known, chain)[1](direction)
-        pushed = torch.nn.functional.pad(direction, (0, 1))
-        for reach, weight in _rounds(chain):
-            pushed[..., reach:] += weight * pushed[..., :-reach]
-        of_steps, of_end = pushed[..., :-1], pushed[..., -1]
-        of_reward = torch.nn.functional.pad(of_steps, (1, 0))
-        of_bootstrap = torch.nn.functional.pad(known * of_steps, (1, 0))
-        of_bootstrap[..., -1] += of_end
-        by_known, by_chain = ctx.needs_input_grad[2:]
-        of_known = of_steps * _finite_where_silent(known, bootstrap[..., 1:]) if by_known else None
-        return (
-            of_reward,
-            of_bootstrap,
-            of_known,
-            of_steps * _finite_where_silent(chain, y[..., 1:]) if by_chain else None,
-        )
+        # Each round of the forward pass, transposed; they commute.
+        of_y, reach, weight = direction.clone(), 1, chain[..., :-1]
+        while reach < of_y.shape[-1]:
+            of_y[..., reach:].add_(weight * of_y[..., :-reach])
+            weight, reach = weight[..., :-reach] * weight[..., reach:], 2 * reach
+        of_reward = of_bootstrap = of_known = of_chain = None
+        if ctx.needs_input_grad[0]:
+            of_reward = pad(of_y, (1, 0))
+        if ctx.needs_input_grad[1]:
+            of_bootstrap = pad(known * of_y, (1, 0))
+            of_bootstrap[..., -1].addcmul_(chain[..., -1], of_y[..., -1])
+        if ctx.needs_input_grad[2]:
+            of_known = of_y * _finite_where_silent(known, bootstrap[..., 1:])
+        if ctx.needs_input_grad[3]:
+            following = torch.cat([y[..., 1:], bootstrap[..., -1:]], -1)
+            of_chain = of_y * _finite_where_silent(chain, following)
+        return of_reward, of_bootstrap, of_known, of_chain
 
 
-def _rounds(chain: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """How far each round reaches, and with which weights."""
-    reach, weight = 1, chain
-    while True:
-        yield reach, weight
-        if 2 * reach > chain.shape[-1]:
-            return
-        weight, reach = weight[..., :-reach] * weight[..., reach:], 2 * reach
+def _gated(x: Tensor, gate: Tensor) -> Tensor:
+    """``torch.where(gate > 0, x, 0)``, or x where the gate is NaN.
 
-
-def _silenced(weight: Tensor, x: Tensor) -> Tensor:
-    """``torch.where(weight == 0, 0, x)``, five times as fast on a CPU, where comparing to bool is slow."""
-    silenced: Tensor = torch.ops.aten.threshold_backward(x, weight.abs(), 0)
-    return silenced
+    Five times as fast on a CPU, where comparing to bool is slow.
+    """
+    gated: Tensor = torch.ops.aten.threshold_backward(x, gate, 0)
+    return gated

@@ -266,7 +266,9 @@ class RNDReward(TensorDictModuleBase):  # type: ignore[misc]
         checks.within("RNDReward", "discount", discount, 0.0, 1.0)
         checks.within("RNDReward", "obs_clip", obs_clip, 0.0, math.inf)
         self.in_keys, self.out_keys = _one_key("in_keys", in_keys), _one_key("out_keys", out_keys)
-        self.out_keys += _key_or_none("RNDReward", target_features_key, [*self.in_keys, *self.out_keys])
+        # Fixed, while `out_keys` are what `select_out_keys` leaves of them.
+        self._written = self.out_keys + _key_or_none("RNDReward", target_features_key, [*self.in_keys, *self.out_keys])
+        self.out_keys = list(self._written)
         observation_shape = checks.shape("RNDReward", "observation_shape", observation_shape)
         env_shape = checks.shape("RNDReward", "env_shape", env_shape)
         _freeze_target("RNDReward", predictor_network, target_network)
@@ -301,7 +303,7 @@ class RNDReward(TensorDictModuleBase):  # type: ignore[misc]
                 sums, stats, error.reshape(*envs, math.prod(steps[len(envs) :])), discount=self.discount
             )
         written = rnd_reward(stats, error).unsqueeze(-1), features
-        for key, value in zip(self.out_keys, written, strict=False):
+        for key, value in zip(self._written, written, strict=False):
             tensordict.set(key, value)
         # Last, so that a call that fails leaves the statistics as they were.
         if self.training:

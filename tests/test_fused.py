@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from conftest import take_path
 from hypothesis import given
 from hypothesis import strategies as st
@@ -452,6 +453,36 @@ def test_shared_work_is_done_once_where_a_backward_pass_follows(monkeypatch):
     assert prepared(partial(fused.reduce, once), prediction, target) == 1
     with torch.no_grad():
         assert prepared(partial(fused.reduce, once), prediction.clone().requires_grad_(), target) == 1
+
+
+@pytest.mark.usefixtures("fast")
+def test_gradients_are_not_made_in_advance_where_hooks_watch_what_is_saved(monkeypatch):
+    leaf, target = normal(3, 4)
+    leaf.requires_grad_()
+
+    def value(x):
+        return fused.reduce(error_sum(1, False, True, True), x, target)[0].sum()
+
+    with counted(monkeypatch, "slope") as slopes:
+        kept = torch.utils.checkpoint.checkpoint(value, leaf, use_reentrant=False)
+        assert not slopes
+    assert_close(torch.autograd.grad(kept, leaf), torch.autograd.grad(value(leaf), leaf))
+
+
+def test_constants_of_inference_mode(path):
+    with torch.inference_mode():
+        target = torch.randn(3, 4)
+    leaf = torch.randn(3, 4, requires_grad=True)
+    (got,) = torch.autograd.grad(fused.reduce(error_sum(), leaf, target)[0].sum(), leaf)
+    assert_close(got, 2 * (leaf - target).detach())
+
+
+def test_a_value_nobody_uses_gives_no_gradient(path):
+    posterior, prior = (x.requires_grad_() for x in normal(3, 4, 5))
+    pair = fused.reduce(divergence(2, 0.01), posterior, prior)
+    assert torch.autograd.grad(pair[0].sum(), [posterior, prior], allow_unused=True)[1] is None
+    of_prior = fused.reduce(divergence(2, 0.01), posterior.detach(), prior)
+    assert [value.requires_grad for value in of_prior] == [False, True]
 
 
 @pytest.mark.usefixtures("fast")

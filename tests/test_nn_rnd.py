@@ -708,6 +708,7 @@ def test_reward_writes_features_only_where_they_have_a_key():
     assert torch.equal(features, reward(td)["features"])
     assert torch.equal(written, td["next", "intrinsic_reward"])
     assert not features.requires_grad
+    assert torch.equal(reward.select_out_keys("features")(td.select("next"))["features"], features)
 
 
 def test_loss_takes_features_as_an_entry():

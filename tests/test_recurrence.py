@@ -61,6 +61,40 @@ def test_what_weighs_nothing_adds_nothing(bad, where):
     assert_close(gradients(chained, operands, rows), gradients(_step_by_step, operands, rows), equal_nan=True)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e300])
+def test_what_is_behind_an_end_may_weigh_anything(bad):
+    reward, bootstrap, known, chain = draw(steps=9)
+    chain[4], known[4], chain[5:], known[5:] = 0.0, 0.0, bad, bad
+    y = chained(reward, bootstrap, known, chain)
+    assert_close(y[:5], _step_by_step(reward, bootstrap, known, chain)[:5])
+    assert y[:5].isfinite().all()
+
+
+@pytest.mark.parametrize("wanted", [(), (0,), (1,), (3,), (0, 1, 2, 3)])
+@pytest.mark.parametrize("steps", [1, 5])
+def test_the_result_is_as_any_other(wanted, steps):
+    operands = draw(2, 3, steps=steps)
+    for i in wanted:
+        operands[i].requires_grad_()
+    y = chained(*(x.mT.contiguous().mT for x in operands))
+    expected = y.detach().clone()
+    assert_close(y.view(-1), expected.flatten())
+    doubled = y.mul_(2).add_(torch.ones_like(y).requires_grad_())
+    assert_close(doubled, 2 * expected + 1)
+    if wanted:
+        got = torch.autograd.grad(doubled.sum(), [operands[i] for i in wanted])
+        plain = torch.autograd.grad(2 * _step_by_step(*operands).sum(), [operands[i] for i in wanted])
+        assert_close(got, plain)
+
+
+def test_constants_of_inference_mode():
+    reward, bootstrap, known, chain = draw(2, steps=4)
+    with torch.inference_mode():
+        made_there = reward.clone()
+    (got,) = torch.autograd.grad(chained(made_there, bootstrap.requires_grad_(), known, chain).sum(), bootstrap)
+    assert_close(got, torch.autograd.grad(chained(reward, bootstrap, known, chain).sum(), bootstrap)[0])
+
+
 def test_entries_0_are_never_read():
     reward, bootstrap, known, chain = draw(2, steps=4)
     expected = chained(reward, bootstrap, known, chain)

@@ -164,7 +164,8 @@ def _loop_backward(
             cast, list(weights), list(state), inputs_t, constants_t, (of_after, of_outputs), of_weights
         )
         of_inputs.append(of_inputs_t)
-    return [*of_weights, *of_carry, *_stack(of_inputs[::-1])]
+    # Laid out as the compiler has been told.
+    return [x.contiguous() for x in [*of_weights, *of_carry]] + _stack(of_inputs[::-1])
 
 
 @_loop_backward.register_fake
@@ -178,7 +179,7 @@ def _(
     done: Sequence[Tensor],
     grads: Sequence[Tensor],
 ) -> list[Tensor]:
-    return [torch.empty_like(x) for x in [*weights, *carry, *inputs]]
+    return [x.new_empty(x.shape) for x in [*weights, *carry, *inputs]]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
