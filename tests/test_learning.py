@@ -300,6 +300,21 @@ def test_there_is_a_checkpoint_from_the_first_step_on(tmp_path, monkeypatch):
     assert resumed.step == 0
 
 
+@pytest.mark.parametrize("call", ["torch.save", "os.fsync", "os.link", "os.replace"])
+def test_a_checkpoint_is_whole_wherever_writing_the_next_one_stops(tmp_path, monkeypatch, call):
+    for number in range(2):
+        records.write_checkpoint(tmp_path, {"settings": {}, "number": number})
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(call, stop)
+        with pytest.raises(KeyboardInterrupt):
+            records.write_checkpoint(tmp_path, {"settings": {}, "number": 2})
+    assert records.read_checkpoint(tmp_path, {})["number"] == 1
+
+
 def test_no_checkpoint_is_said(tmp_path):
     with pytest.raises(SystemExit, match="there is no whole checkpoint in"):
         records.read_checkpoint(tmp_path, {})
@@ -384,6 +399,34 @@ def test_an_action_of_one_is_the_upper_end_of_its_range():
     for share in (1.0, -1.0, 0.5, 7.0):
         task.step(torch.tensor([share]))
     assert taken == [2.0, -2.0, 1.0, 2.0]
+
+
+def test_a_run_on_images(tmp_path, monkeypatch):
+    class Screen(Toy):
+        """Noise, for seven steps."""
+
+        def reset(self, *, seed=None, options=None):
+            self.count, self.noise = 0, np.random.default_rng(seed)
+            return self.see(), {}
+
+        def see(self):
+            return self.noise.integers(0, 256, self.observation_space.shape, np.uint8)
+
+        def step(self, action):
+            self.count += 1
+            return self.see(), 1.0, self.count == 7, False, {}
+
+    monkeypatch.setattr(environments, "make_env", lambda name, image: Screen(IMAGE, DiscreteSpace(2)))
+    config = dataclasses.replace(TINY, task="screen", depth=2, steps=30, logdir=tmp_path)
+    run = Run(config)
+    run.train()
+    assert run.updates > 0
+    assert [row["return"] for row in run.rows] == [7.0] * len(run.rows)
+    real, predicted, seen = run.open_loop()
+    assert real.shape[1:] == predicted.shape[1:] == (3, 64, 64)
+    assert seen < len(predicted) <= len(real)
+    run.draw()
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
 def test_the_picture_is_drawn(run):

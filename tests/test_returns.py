@@ -66,7 +66,7 @@ def test_variants(variant, dtype):
 
 @pytest.mark.parametrize("case", CASES)
 @both
-def test_golden(golden, case, dtype):
+def test_golden(golden, case, dtype, variant):
     file, knobs = golden("05_lambda_return"), golden("05_lambda_return").meta["cases"][case]
     reward, bootstrap, cotangent = (file[f"{case}.in.{name}"].to(dtype) for name in ("rew", "boot", "ct"))
     continuation, last = 1 - file[f"{case}.in.term"].to(dtype), file[f"{case}.in.last"].bool()
@@ -74,9 +74,13 @@ def test_golden(golden, case, dtype):
     def returns(reward, bootstrap):
         return lambda_return(reward, bootstrap, continuation, last, discount=knobs["disc"], lmbda=knobs["lam"])
 
-    values, pull = torch.func.vjp(returns, reward, bootstrap)
+    def both(reward, bootstrap):
+        values, pull = torch.func.vjp(returns, reward, bootstrap)
+        return values, *pull(cotangent)
+
+    values, *gradients = variant(both)(reward, bootstrap)
     assert_close(values, file[f"{case}.out.ret"].to(dtype), **TOLERANCE[dtype])
-    for gradient, name in zip(pull(cotangent), ("rew", "boot"), strict=True):
+    for gradient, name in zip(gradients, ("rew", "boot"), strict=True):
         assert_close(gradient, file[f"{case}.grad.{name}"].to(dtype), rtol=1e-5, atol=1e-6)
 
 

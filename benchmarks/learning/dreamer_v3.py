@@ -36,7 +36,10 @@ LOSSES = ("dynamic", "representation", "reco", "reward", "continue", "actor", "v
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Settings of a run; the defaults are the author's for 1M parameters and vectors, in float32."""
+    """Settings of a run; the defaults are the author's for 1M parameters and vectors.
+
+    But for these: float32, and fewer steps and less of them kept (his: 1.1 and 5 million).
+    """
 
     task: str = "CartPole-v1"  # gymnasium name, or dmc:domain_task
     image: bool = False  # see rendered images of 64x64 pixels instead of the task's own observations
@@ -59,7 +62,7 @@ class Config:
     horizon: int = 15  # imagined steps
     starts: int | None = None  # last steps of each sequence that start a rollout; None: all
     capacity: int = 1_000_000  # steps kept
-    prefill: int = 1_024  # steps before the first update
+    prefill: int = 1_024  # steps before the first update, if enough for two sequences of each environment
 
     deter: int = 512
     hidden: int = 64

@@ -1,5 +1,6 @@
 """Environments by name, through gymnasium: each step as a dict of what a replay keeps."""
 
+import contextlib
 import os
 from typing import Any
 
@@ -120,6 +121,10 @@ def dm_control_name(name: str) -> str:
 
 def known_tasks() -> list[str]:
     """Names of all that is registered, each in its newest version; those of dm_control, if installed, as dmc:..."""
+    with contextlib.suppress(ImportError):
+        import shimmy
+
+        gymnasium.register_envs(shimmy)
     newest = {name.rpartition("-v")[0]: name for name in sorted(gymnasium.registry)}
     suite = {name for name in newest if name.startswith("dm_control/")}
     control = [f"dmc:{name.removeprefix('dm_control/').replace('-', '_')}" for name in sorted(suite)]

@@ -37,6 +37,7 @@ class Log:
         self.file.flush()
         for name in row.keys() - {"step"}:
             self.events.add_scalar(name, row[name], int(row["step"]))
+        self.events.flush()  # or a sudden end would take with it what no checkpoint brings back
 
     def __enter__(self) -> "Log":
         return self
@@ -127,6 +128,6 @@ def draw_open_loop(axes: Any, real: Tensor, predicted: Tensor, seen: int) -> Non
         return
     every = max(1, len(real) // 10)
     strips = [torch.cat(list(x[::every]), -1) for x in (real, predicted, (real - predicted).abs())]
-    axes.imshow(torch.cat(strips, -2)[:3].permute(1, 2, 0).clamp(0, 1))
+    axes.imshow(torch.cat(strips, -2)[:3].permute(1, 2, 0).clamp(0, 1).numpy())
     axes.set(xlabel=f"every {every} steps", xticks=[], yticks=[real.shape[-2] * (i + 0.5) for i in range(3)])
     axes.set_yticklabels(["real", "predicted", "difference"])
