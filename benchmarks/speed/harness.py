@@ -2,14 +2,18 @@
 
 import platform
 import re
+import signal
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
+
+LIMIT = "limit"  # the contender that only does what nobody can leave out
 
 
 class Timing(NamedTuple):
@@ -18,6 +22,140 @@ class Timing(NamedTuple):
     median: float
     low: float  # first quartile
     high: float  # third quartile
+
+
+class Case(NamedTuple):
+    """One piece of work, and all who do it; the first contender is what the others are compared with."""
+
+    name: str
+    size: str
+    scale: float  # what grows with the size
+    draw: Callable[[], Any]  # new data of that size
+    contenders: Mapping[str, Callable[[Any], object]]  # each does the work on the data, and leaves nothing behind
+    results: Callable[[Any], int] = lambda data: 0  # bytes that a call writes because they are its result
+
+
+class Settings(NamedTuple):
+    """How to measure."""
+
+    device: str = "cpu"
+    repetitions: int = 21
+    limit: float = 300.0  # seconds for a first call
+    clock: Callable[[], float] = time.perf_counter
+
+
+class First(NamedTuple):
+    """What a contender's first call, which compiles, has shown."""
+
+    seconds: float
+    graphs: int
+    breaks: int
+    note: str = ""  # why there is no second call
+
+
+class Row(NamedTuple):
+    """One contender of one case; NaN where nothing could be measured."""
+
+    suite: str
+    case: str
+    size: str
+    scale: float
+    contender: str
+    median_ms: float
+    first_quartile_ms: float
+    third_quartile_ms: float
+    times_faster_than_first: float
+    percent_of_limit: float  # 100: as fast as the limit, which on CUDA is a copy at full bandwidth
+    extra_memory_mib: float  # at the worst moment, above inputs and results
+    first_call_s: float
+    graphs: int
+    graph_breaks: int
+    recompilations: int  # at a second call, with other data of the same shapes
+    kernels: int  # launched on the GPU by one call
+    note: str
+
+
+def measure(suite: str, case: Case, settings: Settings) -> list[Row]:
+    """A row for each contender; one that fails, or is not ready in time, has a note in place of figures."""
+    torch._dynamo.reset()  # or the second size would be compiled for all sizes
+    torch.manual_seed(0)
+    data, more = case.draw(), case.draw()
+    first, again = {}, {}
+    for name, contender in case.contenders.items():
+        first[name] = first_call(partial(contender, data), settings.limit)
+        again[name] = 0 if first[name].note else recompilations(partial(contender, more))
+    del more
+    ready = {name: partial(run, data) for name, run in case.contenders.items() if not first[name].note}
+    warmup = min(3, settings.repetitions // 4)
+    timings = compare(ready, settings.repetitions, warmup, settings.clock)
+    nothing = float("nan")
+    reference = timings.get(next(iter(case.contenders)))
+    limit = next((timing for name, timing in timings.items() if name.startswith(LIMIT)), None)
+    rows = []
+    for name in case.contenders:
+        label = (suite, case.name, case.size, case.scale, name)
+        if name not in ready:
+            cost = (*[nothing] * 6, *first[name][:3], 0, 0, first[name].note)
+            rows.append(Row(*label, *cost))
+            continue
+        timing, run = timings[name], ready[name]
+        faster = reference.median / timing.median if reference else nothing
+        share = 100 * limit.median / timing.median if limit else nothing
+        extra = (peak_memory(run, settings.device) - case.results(data)) / 2**20
+        counts = (again[name], kernels(run, settings.device), "")
+        rows.append(Row(*label, *timing, faster, share, max(extra, 0.0), *first[name][:3], *counts))
+    return rows
+
+
+def first_call(call: Callable[[], object], limit: float) -> First:
+    """Calls it once; what it raises, or that it took too long, is noted."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError
+
+    note, start = "", time.perf_counter()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, limit)
+    try:
+        call()
+        synchronize()
+    except Exception as error:
+        late = time.perf_counter() - start >= limit
+        note = f"not ready after {limit:.0f} s" if late else f"fails: {type(error).__name__}: {error}".split("\n")[0]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    breaks = sum(counters["graph_break"].values())
+    return First(time.perf_counter() - start, counters["stats"]["unique_graphs"], breaks, note)
+
+
+def recompilations(call: Callable[[], object]) -> int:
+    """How many graphs a call compiles."""
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    call()
+    return int(counters["stats"]["unique_graphs"])
+
+
+def kernels(call: Callable[[], object], device: str = "cpu") -> int:
+    """How many kernels a call launches on the GPU: none on a CPU."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        call()
+        synchronize()
+    events = profile.profiler.kineto_results.events()
+    launched = [e.name() for e in events if e.device_type() == torch.autograd.DeviceType.CUDA]
+    return sum(not name.startswith(("Memcpy", "Memset")) for name in launched)
+
+
+def synchronize() -> None:
+    """Wait until the GPU, if there is one, has done all it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def compare(
@@ -31,14 +169,14 @@ def compare(
     With one thread, `time.process_time` as the clock measures on a busy machine what others cannot disturb much.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for repetition in tqdm(range(-warmup, repetitions), unit="round", leave=False):
+    for repetition in tqdm(range(-warmup, repetitions), unit="round", leave=False, disable=None):
         for name, contender in contenders.items():
             start = clock()
             contender()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            synchronize()
+            elapsed = clock() - start
             if repetition >= 0:
-                times[name].append(1e3 * (clock() - start))
+                times[name].append(1e3 * elapsed)
     quartiles = {name: statistics.quantiles(values, n=4) for name, values in times.items()}
     return {name: Timing(q[1], q[0], q[2]) for name, q in quartiles.items()}
 

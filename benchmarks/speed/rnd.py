@@ -1,69 +1,122 @@
-"""RNDLoss beside torchrl's, forward and backward, on the same Nature CNN in the same process.
+"""RNDLoss beside torchrl's, forward and backward, on the same networks.
 
-torchrl runs both networks on the whole batch and masks the errors; here both run on the drawn rows only. The last line
-is the limit: the two networks alone on as many rows, without a loss.
+torchrl runs both networks on the whole batch and masks the errors; here both run on the drawn rows only. The limit is
+the two networks alone on as many rows, without a loss. With the target's features reused, those that the reward of the
+same batch needed anyway, only the predictor runs, and the limit can be beaten.
 """
 
-import argparse
-import importlib.metadata
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict
-from torch import nn
+from torch import Tensor, nn
 from torchrl.objectives import RNDLoss as TorchRLLoss
 
-from benchmarks.speed.harness import compare, machine, table
+from benchmarks.speed.command import main
+from benchmarks.speed.harness import Case
 from rlloss_nn import RNDLoss
-from rlloss_nn.networks import RNDConvNetwork
+from rlloss_nn.networks import RNDConvNetwork, RNDVectorNetwork
+
+TITLE = "RND, update_fraction 0.25, forward and backward"
+AXIS = "B"
+QUICK = "eager,limit"
+FRACTION, IMAGE, FEATURES = 0.25, (4, 84, 84), 64
 
 
-def step(network: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
-    """Forward and backward, gradients into fresh memory as in a training step after `zero_grad()`."""
-
-    def run() -> None:
-        network.zero_grad()
-        loss().backward()
-
-    return run
+class Data(NamedTuple):
+    tensordict: TensorDict
+    rows: Tensor  # as many observations as are drawn
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.rnd", description=__doc__)
-    parser.add_argument("--batch", type=int, default=1024, help="observations [B, 4, 84, 84] (default: 1024)")
-    parser.add_argument("--fraction", type=float, default=0.25, help="update_fraction (default: 0.25)")
-    parser.add_argument("--repetitions", type=int, default=21, help="timed rounds (default: 21)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    options = parser.parse_args()
+class Networks(NamedTuple):
+    predictor: nn.Module
+    target: nn.Module
 
-    torch.manual_seed(0)
-    predictor = RNDConvNetwork(predictor=True).to(options.device)
-    target = RNDConvNetwork().to(options.device)
-    batch = TensorDict({"next": {"observation": torch.randn(options.batch, 4, 84, 84)}}, [options.batch])
-    batch = batch.to(options.device)
-    ours = RNDLoss(predictor, target, update_fraction=options.fraction)
-    theirs = TorchRLLoss(predictor, target, update_fraction=options.fraction)
-    rows = batch["next", "observation"][: int(options.fraction * options.batch)].clone()
 
-    def networks_alone() -> torch.Tensor:
-        with torch.no_grad():
-            target(rows)
-        return predictor(rows).sum()
+def cases(quick: bool, device: str) -> Iterator[Case]:
+    """The network for images in three forms, and the one for vectors in two sizes."""
+    for batch in (1024,) if quick else (1024, 8192):
+        yield case("MLP of 64", batch, networks(RNDVectorNetwork, FEATURES, 64, 64, device=device), (FEATURES,), device)
+    if quick:
+        return
+    for name, last, half in (
+        ("Nature CNN", False, False),
+        ("Nature CNN, channels_last", True, False),
+        ("Nature CNN, channels_last, bf16", True, True),
+    ):
+        memory_format = torch.channels_last if last else torch.contiguous_format
+        made = networks(RNDConvNetwork, IMAGE, device=device, memory_format=memory_format)
+        yield case(name, 1024, made, IMAGE, device, memory_format, half)
 
-    peer = f"torchrl {importlib.metadata.version('torchrl')}"
-    timings = compare(
-        {
-            peer: step(predictor, lambda: theirs(batch)["loss_predictor"]),
-            "rlloss_nn.RNDLoss": step(predictor, lambda: ours(batch)["loss_predictor"]),
-            "limit: the networks alone on the drawn rows": step(predictor, networks_alone),
-        },
-        options.repetitions,
-    )
-    print(
-        f"RND, Nature CNN, B {options.batch}, update_fraction {options.fraction}, forward and backward\n{machine()}\n"
-    )
-    print(table(timings, against=peer))
+
+def networks(
+    kind: Callable[..., nn.Module],
+    *sizes: Any,
+    device: str,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Networks:
+    predictor, target = kind(*sizes, predictor=True), kind(*sizes)
+    return Networks(*(network.to(device, memory_format=memory_format) for network in (predictor, target)))
+
+
+def case(
+    name: str,
+    batch: int,
+    made: Networks,
+    observation: tuple[int, ...],
+    device: str,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    half: bool = False,
+) -> Case:
+    """Both losses on the same networks; with `half` their layers run in bf16."""
+    ours, theirs = (kind(*made, update_fraction=FRACTION) for kind in (RNDLoss, TorchRLLoss))
+    reusing = RNDLoss(*made, update_fraction=FRACTION, target_features_key="target_features")
+
+    def autocast() -> contextlib.AbstractContextManager[object]:
+        return torch.autocast(device, torch.bfloat16) if half else contextlib.nullcontext()
+
+    def of(loss: nn.Module) -> Callable[[Data], Tensor]:
+        def run(data: Data) -> Tensor:
+            with autocast():
+                return loss(data.tensordict)["loss_predictor"]
+
+        return run
+
+    def alone(data: Data) -> Tensor:
+        with autocast():
+            with torch.no_grad():
+                made.target(data.rows)
+            return made.predictor(data.rows).sum()
+
+    def backward(loss: Callable[[Data], Tensor]) -> Callable[[Data], Tensor]:
+        def run(data: Data) -> Tensor:
+            value = loss(data)
+            value.backward()
+            made.predictor.zero_grad()
+            return value.detach()
+
+        return run
+
+    def draw() -> Data:
+        seen = torch.randn(batch, *observation, device=device).contiguous(memory_format=memory_format)
+        rows = seen[: int(FRACTION * batch)].clone()
+        with torch.no_grad(), autocast():
+            features = made.target(seen)
+        return Data(TensorDict({"next": {"observation": seen}, "target_features": features}, [batch]), rows)
+
+    contenders = {
+        "torchrl eager": backward(of(theirs)),
+        "torchrl compiled": backward(torch.compile(of(theirs))),
+        "rlloss_nn eager": backward(of(ours)),
+        "rlloss_nn compiled": backward(torch.compile(of(ours))),
+        "rlloss_nn eager, target features reused": backward(of(reusing)),
+        "limit: the networks alone": backward(alone),
+    }
+    size = sum(p.nbytes for p in made.predictor.parameters())
+    return Case(name, f"B {batch}", batch, draw, contenders, lambda data: size)
 
 
 if __name__ == "__main__":
-    main()
+    main(suite="rnd")

@@ -1,28 +1,15 @@
 """One whole update of DreamerV3's 1M agent beside torchrl's: forward, backward, optimiser, slow critic.
 
-    python -m benchmarks.speed.update
-    python -m benchmarks.speed.update --device cuda
-    python -m benchmarks.speed.update --quick --only eager,step
-
 B 16, T 64, horizon 15, vectors of 24 numbers, 6 continuous actions; both sides with the author's sizes, scales and
 optimiser (LaProp after adaptive clipping; torchrl's is its `DreamerV3Optimizer`). Ours is the update of
 `benchmarks.learning.dreamer_v3`. torchrl's is its `DreamerV3Loss` of its own networks in its
 `DreamerV3OptimizationStepper`, compiled as that class does it: loss and backward in one `torch.compile`, with a scan
-over time; and with one compiled step of its rollout (`compile_rollout("step")`) and all else eager. The table goes to
-benchmarks/speed/results, but with --quick, which has smaller shapes, it is only printed.
+over time; and with one compiled step of its rollout (`compile_rollout("step")`) and all else eager. With CUDA the 12M
+agent too, and ours captured in a CUDA graph as well (torchrl's whole stepper then is). `--quick` has smaller shapes.
 """
 
-import argparse
-import csv
-import datetime
-import importlib.metadata
-import os
-import signal
-import time
-import warnings
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import torch
 from tensordict import TensorDict
@@ -38,14 +25,17 @@ from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.envs.model_based import DreamerEnv
 from torchrl.trainers.algorithms import DreamerV3OptimizationStepper, DreamerV3Optimizer
 
-from benchmarks.learning.dreamer_v3 import Config, make_learner, make_update
-from benchmarks.speed.harness import compare, machine, peak_memory
+from benchmarks.learning.dreamer_v3 import Config
+from benchmarks.learning.updates import captured, make_learner, make_update
+from benchmarks.speed.command import main
+from benchmarks.speed.harness import Case
 from rlloss_nn.networks import Agent, Continuous, RSSMState
 
-RESULTS = Path(__file__).parent / "results"
+TITLE = "DreamerV3, one update: forward, backward, optimiser, slow critic, float32"
+AXIS = "parameters"
+QUICK = "eager"
+OURS, PEER = "rlloss_nn", "torchrl"
 OBSERVATION, ACTION, BINS = 24, 6, 255
-SIZES = {"deter": 512, "hidden": 64, "stoch": 32, "classes": 4, "units": 64}
-LATENT = SIZES["stoch"] * SIZES["classes"]
 
 
 class Shape(NamedTuple):
@@ -54,15 +44,64 @@ class Shape(NamedTuple):
     horizon: int
 
 
+class Sizes(NamedTuple):
+    """Of the networks."""
+
+    deter: int
+    hidden: int
+    stoch: int
+    classes: int
+    units: int
+
+    @property
+    def latent(self) -> int:
+        return self.stoch * self.classes
+
+
+AGENTS = {1e6: Sizes(512, 64, 32, 4, 64), 12e6: Sizes(2048, 256, 32, 16, 256)}  # parameters -> sizes
+
+
+def cases(quick: bool, device: str) -> Iterator[Case]:
+    """One agent, or with CUDA two."""
+    shape = Shape(4, 8, 3) if quick else Shape(16, 64, 15)
+    for count in AGENTS if device == "cuda" and not quick else [1e6]:
+        given = (shape, AGENTS[count], device)
+        updates = {
+            f"{PEER} eager": torchrl(*given),
+            f"{OURS} eager": ours(*given),
+            f"{PEER} compiled, rollout step": torchrl(*given, compiled="step"),
+            f"{PEER} compiled, whole stepper": torchrl(*given, compiled="whole"),
+            f"{OURS} compiled": ours(*given, compile=True),
+        }
+        if device == "cuda":
+            updates |= {
+                f"{OURS} captured": ours(*given, cuda_graph=True),
+                f"{OURS} compiled, captured": ours(*given, compile=True, cuda_graph=True),
+                f"{OURS} compiled, captured, bf16": ours(*given, compile=True, cuda_graph=True, dtype="bfloat16"),
+            }
+        contenders = {name: lambda data, update=update: update() for name, update in updates.items()}
+        size = f"B {shape.batch}, T {shape.length}, horizon {shape.horizon}"
+        yield Case(f"{count / 1e6:.0f}M agent", size, count, lambda: None, contenders)
+
+
 # ------------------------------------------------------------------------------------------------ ours
 
 
-def ours(shape: Shape, device: str, *, compiled: bool) -> Callable[[], object]:
-    """The update of the learning benchmark; its result is dropped, so that every call does the same work."""
+def ours(
+    shape: Shape,
+    sizes: Sizes,
+    device: str,
+    *,
+    compile: bool = False,
+    cuda_graph: bool = False,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> Callable[[], None]:
+    """The update of the learning benchmark, again and again on the same batch."""
     torch.manual_seed(0)
-    agent = Agent((OBSERVATION,), Continuous(ACTION), **SIZES).to(device)
-    config = Config(batch=shape.batch, length=shape.length, horizon=shape.horizon, compile=compiled)
+    agent = Agent((OBSERVATION,), Continuous(ACTION), **sizes._asdict()).to(device)
+    config = Config(**shape._asdict(), compile=compile, cuda_graph=cuda_graph, dtype=dtype)
     learner, update = make_learner(agent), make_update(agent, config)
+    update = captured(update) if cuda_graph else update
     noise, rollouts = agent.noise(*shape[:2]), agent.noise(shape.batch * shape.length, shape.horizon + 1)
     steps = draw(shape, device)
     batch = {
@@ -72,7 +111,12 @@ def ours(shape: Shape, device: str, *, compiled: bool) -> Callable[[], object]:
         "noise": noise["latent"],
     }
     imagined = {"policy": rollouts["policy"], "dynamics": rollouts["latent"][:, :-1]}
-    return lambda: update(learner, batch, imagined)
+
+    def run() -> None:
+        nonlocal learner
+        learner, _ = update(learner, batch, imagined)
+
+    return run
 
 
 def draw(shape: Shape, device: str) -> dict[str, Tensor]:
@@ -96,36 +140,36 @@ def draw(shape: Shape, device: str) -> dict[str, Tensor]:
 class TorchRLActor(nn.Module):
     """The author's bounded normal: mean and deviation."""
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        self.mlp = modules.DreamerV3MLP(SIZES["deter"] + LATENT, 2 * ACTION, 3, SIZES["units"], outscale=0.01)
+        self.mlp = modules.DreamerV3MLP(sizes.deter + sizes.latent, 2 * ACTION, 3, sizes.units, outscale=0.01)
 
     def forward(self, state: Tensor, belief: Tensor) -> tuple[Tensor, Tensor]:
         mean, deviation = self.mlp(state, belief).chunk(2, -1)
         return torch.tanh(mean), 0.9 * torch.sigmoid(deviation + 2) + 0.1
 
 
-def torchrl_loss(device: str) -> tuple[objectives.DreamerV3Loss, modules.RSSMRolloutV3]:
+def torchrl_loss(sizes: Sizes, device: str) -> tuple[objectives.DreamerV3Loss, modules.RSSMRolloutV3]:
     """Its whole objective on its own networks, wired as in its documentation."""
     features, following = ["state", "belief"], [("next", "state"), ("next", "belief")]
     seen = [("next", "belief"), ("next", "encoded_latents")]
 
     def head(outputs: int, depth: int, outscale: float = 1.0) -> nn.Module:
-        return modules.DreamerV3MLP(SIZES["deter"] + LATENT, outputs, depth, SIZES["units"], outscale=outscale)
+        return modules.DreamerV3MLP(sizes.deter + sizes.latent, outputs, depth, sizes.units, outscale=outscale)
 
     def module(network: Any, inputs: list[Any], *outputs: Any) -> TensorDictModule:
         return TensorDictModule(network, in_keys=inputs, out_keys=list(outputs))
 
-    sizes = {"hidden_dim": SIZES["hidden"], "rnn_hidden_dim": SIZES["deter"]}
-    sizes |= {"num_categoricals": SIZES["stoch"], "num_classes": SIZES["classes"], "unimix": 0.01}
-    prior = modules.RSSMPriorV3(action_shape=(ACTION,), action_dim=ACTION, recurrent_model="block_gru", **sizes)
-    posterior = modules.RSSMPosteriorV3(obs_embed_dim=SIZES["units"], use_rms_norm=True, **sizes)
+    widths = {"hidden_dim": sizes.hidden, "rnn_hidden_dim": sizes.deter}
+    widths |= {"num_categoricals": sizes.stoch, "num_classes": sizes.classes, "unimix": 0.01}
+    prior = modules.RSSMPriorV3(action_shape=(ACTION,), action_dim=ACTION, recurrent_model="block_gru", **widths)
+    posterior = modules.RSSMPosteriorV3(obs_embed_dim=sizes.units, use_rms_norm=True, **widths)
     rollout = modules.RSSMRolloutV3(
         module(prior, [*features, "action"], ("next", "prior_logits"), *following),
         module(posterior, seen, ("next", "posterior_logits"), following[0]),
     )
     reward, going, decode = head(BINS, 1, 0.0), head(1, 1), modules.SymExpTwoHot(BINS)
-    encoder = modules.DreamerV3MLP(OBSERVATION, None, 3, SIZES["units"])
+    encoder = modules.DreamerV3MLP(OBSERVATION, None, 3, sizes.units)
     world_model = TensorDictSequential(
         module(objectives.symlog, [("next", "observation")], ("next", "symlog_observation")),
         module(encoder, [("next", "symlog_observation")], ("next", "encoded_latents")),
@@ -141,15 +185,15 @@ def torchrl_loss(device: str) -> tuple[objectives.DreamerV3Loss, modules.RSSMRol
     )
     env = DreamerEnv(
         modules.WorldModelWrapper(dynamics, expected),
-        prior_shape=(LATENT,),
-        belief_shape=(SIZES["deter"],),
+        prior_shape=(sizes.latent,),
+        belief_shape=(sizes.deter,),
         device=torch.device(device),
     )
-    env.observation_spec = Composite(state=Unbounded(LATENT), belief=Unbounded(SIZES["deter"])).to(device)
+    env.observation_spec = Composite(state=Unbounded(sizes.latent), belief=Unbounded(sizes.deter)).to(device)
     env.state_spec = env.observation_spec.clone()
     env.action_spec, env.reward_spec = Bounded(-1, 1, (ACTION,)).to(device), Unbounded((1,)).to(device)
     actor = ProbabilisticTensorDictSequential(
-        module(TorchRLActor(), features, "loc", "scale"),
+        module(TorchRLActor(sizes), features, "loc", "scale"),
         ProbabilisticTensorDictModule(
             in_keys=["loc", "scale"], out_keys=["action"], distribution_class=modules.IndependentNormal
         ),
@@ -184,10 +228,10 @@ def torchrl_loss(device: str) -> tuple[objectives.DreamerV3Loss, modules.RSSMRol
     return objectives.DreamerV3Loss(model_loss, actor_loss, value_loss).to(device), rollout
 
 
-def torchrl(shape: Shape, device: str, *, compiled: str = "") -> Callable[[], object]:
+def torchrl(shape: Shape, sizes: Sizes, device: str, *, compiled: str = "") -> Callable[[], object]:
     """Its stepper; `compiled` is "whole", "step" or nothing."""
     torch.manual_seed(0)
-    loss, rollout = torchrl_loss(device)
+    loss, rollout = torchrl_loss(sizes, device)
     loss.actor_loss.imagination_horizon = shape.horizon
     if compiled == "step":
         rollout.compile_rollout("step")
@@ -203,7 +247,7 @@ def torchrl(shape: Shape, device: str, *, compiled: str = "") -> Callable[[], ob
     steps = draw(shape, device)
     following = {name: steps[name] for name in ("observation", "reward", "terminated")}
     following = {name: x if name == "observation" else x.unsqueeze(-1) for name, x in following.items()}
-    zeros = {"state": LATENT, "belief": SIZES["deter"]}
+    zeros = {"state": sizes.latent, "belief": sizes.deter}
     sample = TensorDict(
         {
             **{name: torch.zeros(*shape[:2], size, device=device) for name, size in zeros.items()},
@@ -225,141 +269,5 @@ def torchrl(shape: Shape, device: str, *, compiled: str = "") -> Callable[[], ob
     return run
 
 
-# ------------------------------------------------------------------------------------------------ the table
-
-OURS, PEER = "rlloss_nn", "torchrl"
-CONTENDERS: dict[str, Callable[[Shape, str], Callable[[], object]]] = {
-    f"{PEER} eager": torchrl,
-    f"{OURS} eager": lambda shape, device: ours(shape, device, compiled=False),
-    f"{PEER} compiled, rollout step": lambda shape, device: torchrl(shape, device, compiled="step"),
-    f"{PEER} compiled, whole stepper": lambda shape, device: torchrl(shape, device, compiled="whole"),
-    f"{OURS} compiled": lambda shape, device: ours(shape, device, compiled=True),
-}
-
-
-class Row(NamedTuple):
-    contender: str
-    median_ms: float
-    first_quartile_ms: float
-    third_quartile_ms: float
-    times_faster_than_torchrl_eager: float
-    peak_memory_mib: float
-    first_call_s: float
-    graphs: int
-    graph_breaks: int
-    note: str
-
-
-class First(NamedTuple):
-    """What a contender's first call, which compiles, has shown."""
-
-    seconds: float
-    graphs: int
-    breaks: int
-    note: str = ""
-
-
-def first_call(update: Callable[[], object], limit: float) -> First:
-    """Calls it once; a contender that fails, or is not ready in time, is told of and left out."""
-
-    def stop(*_: object) -> None:
-        raise TimeoutError
-
-    note, start = "", time.perf_counter()
-    torch._dynamo.utils.counters.clear()
-    signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, limit)
-    try:
-        update()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    except Exception as error:
-        late = time.perf_counter() - start >= limit
-        note = f"not ready after {limit:.0f} s" if late else f"fails: {type(error).__name__}: {error}".split("\n")[0]
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    counters = torch._dynamo.utils.counters
-    breaks = sum(counters["graph_break"].values())
-    return First(time.perf_counter() - start, counters["stats"]["unique_graphs"], breaks, note)
-
-
-def measure(names: Iterable[str], shape: Shape, options: argparse.Namespace) -> list[Row]:
-    device, limit = options.device, options.limit
-    updates = {name: CONTENDERS[name](shape, device) for name in names}
-    first = {}
-    for name, update in updates.items():
-        first[name] = first_call(update, limit)
-        print(f"{name}: {first[name]}", flush=True)
-    ready = {name: update for name, update in updates.items() if not first[name].note}
-    clock = time.process_time if options.busy else time.perf_counter
-    timings = compare(ready, options.repetitions, min(3, options.repetitions // 4), clock)
-    reference = timings.get(f"{PEER} eager")
-    nothing = float("nan")
-    rows = []
-    for name in updates:
-        timing, memory = timings.get(name), nothing
-        if timing is not None:
-            memory = peak_memory(ready[name], device) / 2**20
-        ratio = reference.median / timing.median if reference and timing else nothing
-        rows.append(Row(name, *(timing or [nothing] * 3), ratio, memory, *first[name]))
-    return rows
-
-
-def markdown(rows: list[Row], title: str) -> str:
-    """The table, as in the README."""
-    lines = [title, "", "| | ms (quartiles) | x torchrl eager | peak memory, MiB | first call, s | graphs (breaks) |"]
-    lines += ["|---|---|---|---|---|---|"]
-    for row in rows:
-        time = f"{row.median_ms:.0f} ({row.first_quartile_ms:.0f} - {row.third_quartile_ms:.0f})"
-        ratio, memory = f"{row.times_faster_than_torchrl_eager:.2f}", f"{row.peak_memory_mib:.0f}"
-        cells = [row.note, "-", "-"] if row.note else [time, ratio, memory]
-        graphs = f"{row.graphs} ({row.graph_breaks})" if row.graphs else "-"
-        lines.append(f"| {' | '.join([row.contender, *cells, f'{row.first_call_s:.0f}', graphs])} |")
-    return "\n".join([*lines, ""])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.speed.update", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--quick", action="store_true", help="B 4, T 8, horizon 3, five rounds; writes no table")
-    parser.add_argument("--only", default="", help="contenders with one of these in the name, such as eager,whole")
-    parser.add_argument("--repetitions", type=int, help="timed rounds (default: 21, 5 with --quick)")
-    parser.add_argument("--busy", action="store_true", help="one thread, its processor time: on a CPU with other work")
-    parser.add_argument("--limit", type=float, default=900, help="seconds for a first call (default: 900)")
-    parser.add_argument("--output", type=Path, default=RESULTS / "update", help="where .csv and .md go")
-    options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: there is no CUDA device here.")
-    names = [name for name in CONTENDERS if any(part in name for part in options.only.split(","))]
-    if not names:
-        parser.error(f"--only {options.only}: none of {', '.join(CONTENDERS)}.")
-    warnings.filterwarnings("ignore", module="torchrl|tensordict")
-
-    options.repetitions = options.repetitions or (5 if options.quick else 21)
-    if options.busy and options.device == "cuda":
-        parser.error("--busy is for the CPU.")
-    if options.busy:
-        torch.set_num_threads(1)
-    shape = Shape(4, 8, 3) if options.quick else Shape(16, 64, 15)
-    rows = measure(names, shape, options)
-    title = (
-        f"DreamerV3, one update of the 1M agent, B {shape.batch}, T {shape.length}, horizon {shape.horizon}, float32. "
-        f"{'Processor time' if options.busy else 'Wall time'} of {options.repetitions} calls in turn. "
-        f"{machine(options.device)}, torchrl {importlib.metadata.version('torchrl')}, "
-        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}; load average {os.getloadavg()[0]:.1f} at the end."
-    )
-    table = markdown(rows, title)
-    print(f"\n{table}")
-    if not options.quick:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.with_suffix(".md").write_text(table)
-        with options.output.with_suffix(".csv").open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(Row._fields)
-            writer.writerows([[round(x, 3) if isinstance(x, float) else x for x in row] for row in rows])
-
-
 if __name__ == "__main__":
-    main()
+    main(suite="update")

@@ -1,0 +1,115 @@
+"""Options of the speed benchmarks, and what becomes of them: suites are measured, shown and written."""
+
+import argparse
+import datetime
+import importlib
+import importlib.metadata
+import logging
+import os
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.speed import goals, paths, report
+from benchmarks.speed.harness import Row, Settings, machine, measure
+
+SUITES = ("model_loss", "returns", "rnd", "ensembles", "update")
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(arguments: Sequence[str] | None = None, suite: str = "") -> None:
+    """Measure the suites that were asked for, one after another."""
+    options = parse(arguments, suite)
+    torch.set_num_threads(options.threads)
+    # A compiler that breaks the graph logs pages of it; the count is in the table.
+    torch._logging.set_logs(dynamo=logging.ERROR)
+    warnings.filterwarnings("ignore", module="torchrl|tensordict")
+    # What compiling takes is measured, not what it takes when it was done before.
+    torch._inductor.config.force_disable_caches = not options.quick
+    warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
+    settings = Settings(
+        options.device, options.repetitions, options.limit, time.process_time if options.busy else time.perf_counter
+    )
+    rows = []
+    for name in options.suites:
+        rows += run(name, options, settings)
+    summary = f"{paths.listing(options.device)}\n\n{goals.listing(rows, options.device)}\n"
+    print(summary, end="")
+    if options.output is not None and set(options.suites) == set(SUITES) and not options.contenders:
+        (options.output / "summary.md").write_text(summary)
+
+
+def parse(arguments: Sequence[str] | None = None, suite: str = "") -> argparse.Namespace:
+    """The options, checked; of one suite, `--only` names contenders in place of suites."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.speed.{suite}" if suite else "python -m benchmarks.speed",
+        description="Losses beside torchrl's and the hardware's limit: time, memory, compilation.",
+    )
+    if not suite:
+        parser.add_argument("--only", dest="suites", default=",".join(SUITES), help="suites (default: %(default)s)")
+    parser.add_argument(
+        "--only" if suite else "--contenders",
+        dest="contenders",
+        help="those with one of these in the name, such as eager,limit (default: all, fewer with --quick)",
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--quick", action="store_true", help="a few small cases, five rounds, under a minute")
+    parser.add_argument("--repetitions", type=int, help="timed rounds (default: 21, 5 with --quick)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU (default: as torch)")
+    parser.add_argument("--busy", action="store_true", help="one thread, its processor time: on a CPU with other work")
+    parser.add_argument("--limit", type=float, default=300, help="seconds for a first call (default: 300)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder for tables and pictures (default: results, results/cuda; --quick: none)",
+    )
+    options = parser.parse_args(arguments)
+    options.suites = [suite] if suite else options.suites.split(",")
+    unknown = [name for name in options.suites if name not in SUITES]
+    if unknown:
+        parser.error(f"--only must name suites of {', '.join(SUITES)}, got {', '.join(unknown)}.")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA device here.")
+    if options.busy and options.device == "cuda":
+        parser.error("--busy is for the CPU.")
+    if options.repetitions is None:
+        options.repetitions = 5 if options.quick else 21
+    if options.repetitions < 2:
+        parser.error(f"--repetitions must be at least 2, for there are quartiles, got {options.repetitions}.")
+    if options.threads < 1:
+        parser.error(f"--threads must be at least 1, got {options.threads}.")
+    options.threads = 1 if options.busy else options.threads
+    if options.output is None and not options.quick:
+        options.output = RESULTS / "cuda" if options.device == "cuda" else RESULTS
+    return options
+
+
+def run(name: str, options: argparse.Namespace, settings: Settings) -> list[Row]:
+    """One suite: measured, printed and, where there is a folder for it, written."""
+    suite = importlib.import_module(f"benchmarks.speed.{name}")
+    rows: list[Row] = []
+    wanted = (options.contenders or (suite.QUICK if options.quick else "")).split(",")
+    for case in suite.cases(options.quick, options.device):
+        case = case._replace(contenders={k: v for k, v in case.contenders.items() if any(w in k for w in wanted)})
+        if case.contenders:
+            print(f"{name}: {case.name}, {case.size}", flush=True)
+            rows += measure(name, case, settings)
+    if not rows:
+        raise SystemExit(f"benchmarks.speed: no contender of {name} has {options.contenders} in its name.")
+    conditions = (
+        f"{'Processor time' if options.busy else 'Wall time'} of {options.repetitions} calls in turn. "
+        f"{machine(options.device)}, torchrl {importlib.metadata.version('torchrl')}, "
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}; load average {os.getloadavg()[0]:.1f} at the end."
+    )
+    remarks = suite.remarks(rows) if hasattr(suite, "remarks") else ()
+    table = report.markdown(f"{suite.TITLE}. {conditions}", rows, remarks)
+    print(f"\n{table}", flush=True)
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / f"{name}.md").write_text(table)
+        report.write_csv(rows, conditions, options.output / f"{name}.csv")
+        report.picture(suite.TITLE, conditions, suite.AXIS, rows, options.output / f"{name}.png")
+    return rows
