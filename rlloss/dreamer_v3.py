@@ -252,10 +252,6 @@ class _Steps(NamedTuple):
             return x
         return torch.where(checks.align(self.mask, x), x, 0)
 
-    def flat(self, x: Tensor) -> Tensor:
-        """[*steps, -1], also for an empty batch."""
-        return x.reshape(*self.shape, math.prod(x.shape[len(self.shape) :]))
-
     def scalar(self, argument: str, x: Tensor, guess: str = "") -> Tensor:
         """One number a step: [*steps] or [*steps, 1] as [*steps]."""
         if tuple(x.shape) == (*self.shape, 1):

@@ -89,8 +89,8 @@ def has_fast_path(reduction: Reduction, operands: Tensors) -> bool:
     """The table at the head of this file."""
     if torch.compiler.is_compiling() or operands[0].numel() < max(reduction.smallest, 1):
         return False
-    if torch.is_grad_enabled() and any(x.is_inference() for x in operands):
-        return False  # they cannot be saved for a backward pass
+    if cannot_be_saved(operands):
+        return False
     dtypes = {x.dtype for x in operands} - set(reduction.integers)
     devices = {x.device.type for x in operands}
     if len(dtypes) != 1 or any(type(x) not in (Tensor, torch.nn.Parameter) for x in operands):
@@ -106,6 +106,11 @@ def _backward_follows(reduction: Reduction, operands: Tensors) -> bool:
     # Hooks that move or forget what is saved, as of checkpointing, do not see gradients made in advance.
     hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
     return wanted and not hooked and not operands[0].is_cuda and not in_transform()
+
+
+def cannot_be_saved(operands: Tensors) -> bool:
+    """Whether a backward pass might follow, for which a tensor made in inference mode cannot be kept."""
+    return torch.is_grad_enabled() and any(x.is_inference() for x in operands)
 
 
 def in_transform() -> bool:
@@ -194,10 +199,10 @@ class _Both(torch.autograd.Function):
         # A second walk through the graph, or one that is recorded or batched, computes them anew.
         if slopes is None or torch.is_grad_enabled() or in_transform() or any(map(legacy_batched, known)):
             return None, *_slopes(reduction, used, full, ctx.saved_tensors)
-        by_place = dict(zip(wanted, slopes, strict=True))
+        kept = _at(wanted, slopes, len(ctx.needs_input_grad) - 1)
         for i in used:
-            _scale(by_place[i], full[i], reduction.factors()[i])
-        return None, *_at(used, [by_place[i] for i in used], len(ctx.needs_input_grad) - 1)
+            _scale(kept[i], full[i], reduction.factors()[i])
+        return None, *[slope if i in used else None for i, slope in enumerate(kept)]
 
 
 class _Slope(torch.autograd.Function):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import vjp
 from torch.nn.functional import pad
 
-from rlloss.fused import in_transform, legacy_batched
+from rlloss.fused import cannot_be_saved, in_transform, legacy_batched
 
 
 def chained(reward: Tensor, bootstrap: Tensor, known: Tensor, chain: Tensor) -> Tensor:
@@ -32,10 +32,9 @@ def chained(reward: Tensor, bootstrap: Tensor, known: Tensor, chain: Tensor) -> 
         y [..., n].
     """
     operands = reward, bootstrap, known, chain
-    if torch.compiler.is_compiling() or in_transform() or any(type(x) is not Tensor for x in operands):
+    watched = torch.compiler.is_compiling() or in_transform() or any(type(x) is not Tensor for x in operands)
+    if watched or cannot_be_saved(operands):
         return _step_by_step(*operands)
-    if torch.is_grad_enabled() and any(x.is_inference() for x in operands):
-        return _step_by_step(*operands)  # what was made in inference mode cannot be saved for a backward pass
     y: Tensor = _Chained.apply(*operands)  # type: ignore[no-untyped-call]
     return y
 

@@ -88,7 +88,35 @@ def refuse_other_names(module: nn.Module, state_dict: Mapping[str, Any]) -> None
         raise checks.MissingKeyError(checks.text(function, "state_dict", wanted, got))
 
 
-class LossModule(nn.Module):
+class CheckedState(nn.Module):
+    """A module that a state dict is loaded into whole, or not at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_pre_hook(refuse_other_shapes)  # type: ignore[no-untyped-call]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's, but all names and shapes are checked before anything is overwritten.
+
+        Raises:
+            KeyError: if ``strict`` and a name is missing or one too many.
+            ValueError: if a shape differs.
+        """
+        if strict:
+            refuse_other_names(self, state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
+
+
+def entry(function: str, tensordict: TensorDictBase, key: NestedKey, guess: str = "") -> Any:
+    """The entry under ``key``, or a KeyError that says what is there."""
+    value = tensordict.get(key, None)
+    if value is None:
+        there = f"keys {sorted(map(str, tensordict.keys(True, True)))}"
+        raise checks.MissingKeyError(checks.text(function, "tensordict", f"one with {key!r}", there, guess))
+    return value
+
+
+class LossModule(CheckedState):
     """A loss that reads a TensorDict: names in ``tensor_keys``, changed by ``set_keys``.
 
     A loss holds its networks and knobs, names the entries and calls the pure function of ``rlloss``; the mathematics is
@@ -108,7 +136,6 @@ class LossModule(nn.Module):
         super().__init__()
         self.tensor_keys = self.default_keys()
         self._in_keys: list[NestedKey] | None = None
-        self.register_load_state_dict_pre_hook(refuse_other_shapes)  # type: ignore[no-untyped-call]
 
     @property
     def in_keys(self) -> list[NestedKey]:
@@ -136,17 +163,6 @@ class LossModule(nn.Module):
         entries = () if tensordict is None else (tensordict, *entries)
         check_entries(name, self.in_keys, entries, named)
         return self._of_entries(*entries, **named)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's, but all names and shapes are checked before anything is overwritten.
-
-        Raises:
-            KeyError: if ``strict`` and a name is missing or one too many.
-            ValueError: if a shape differs.
-        """
-        if strict:
-            refuse_other_names(self, state_dict)
-        return super().load_state_dict(state_dict, strict, assign)
 
     def set_keys(self, **keys: NestedKey | list[NestedKey] | None) -> None:
         """Rename entries; None restores the default.
@@ -193,12 +209,5 @@ class LossModule(nn.Module):
 
     def _get(self, tensordict: TensorDictBase, name: str, key: NestedKey, why: str = "") -> Any:
         """The entry under ``key``, or a KeyError that says what is there and how to rename it."""
-        value = tensordict.get(key, None)
-        if value is None:
-            there = sorted(map(str, tensordict.keys(True, True)))
-            guess = f"{why} Another name is set by set_keys({name}=...).".strip()
-            function = type(self).__name__
-            raise checks.MissingKeyError(
-                checks.text(function, "tensordict", f"one with {key!r}", f"keys {there}", guess)
-            )
-        return value
+        guess = f"{why} Another name is set by set_keys({name}=...).".strip()
+        return entry(type(self).__name__, tensordict, key, guess)

@@ -16,7 +16,7 @@ from rlloss.rnd import rnd_error_and_target_features, rnd_loss, rnd_reward, rnd_
 from rlloss.statistics import DiscountedSum
 from rlloss.types import ApplyFn
 from rlloss_nn.functional import functionalize
-from rlloss_nn.loss_module import LossModule, NestedKey, check_network, is_key
+from rlloss_nn.loss_module import LossModule, NestedKey, check_network, entry, is_key
 from rlloss_nn.statistics import RunningMeanStd
 
 
@@ -179,13 +179,10 @@ class RNDLoss(LossModule):
     def _features(self, tensordict: TensorDictBase, leading: tuple[int, ...], features: Any = None) -> Tensor | None:
         """The target's features [samples, ..., K], where they are handed in or have a key."""
         key = self.target_features_key
-        if features is None and key is None:
-            return None
-        features = tensordict.get(key, None) if features is None else features
         if features is None:
-            there = f"keys {sorted(map(str, tensordict.keys(True, True)))}"
-            guess = "RNDReward(..., target_features_key=...) writes them."
-            raise checks.MissingKeyError(checks.text("RNDLoss", "tensordict", f"one with {key!r}", there, guess))
+            if key is None:
+                return None
+            features = entry("RNDLoss", tensordict, key, "RNDReward(..., target_features_key=...) writes them.")
         known = checks.tensor("RNDLoss", "target_features", features)
         checks.leading_shape("RNDLoss", "target_features", known, "the batch", leading)
         return known.reshape(math.prod(leading), *known.shape[len(leading) :])
@@ -290,10 +287,7 @@ class RNDReward(TensorDictModuleBase):  # type: ignore[misc]
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the intrinsic reward into ``tensordict``, and the target's features where they have a key."""
-        observation = tensordict.get(self.in_keys[0], None)
-        if observation is None:
-            there = f"keys {sorted(map(str, tensordict.keys(True, True)))}"
-            raise checks.MissingKeyError(checks.text("RNDReward", "tensordict", f"one with {self.in_keys[0]!r}", there))
+        observation = entry("RNDReward", tensordict, self.in_keys[0])
         steps = self._steps(observation)
         error, features = self._error(observation, steps)
         sums, stats = DiscountedSum(self.discounted_sum), self.reward_rms.state

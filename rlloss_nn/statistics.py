@@ -1,16 +1,16 @@
 """Running statistics as a module: the state of ``rlloss.statistics`` in buffers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlloss import checks, statistics
-from rlloss_nn.loss_module import refuse_other_names, refuse_other_shapes
+from rlloss_nn.loss_module import CheckedState
 
 
-class _Statistics(nn.Module):
+class _Statistics(CheckedState):
     """The tensors of a NamedTuple of ``rlloss.statistics`` as buffers."""
 
     kind: ClassVar[Callable[..., Any]]
@@ -23,7 +23,6 @@ class _Statistics(nn.Module):
         super().__init__()
         for name, value in state._asdict().items():
             self.register_buffer(name, value)
-        self.register_load_state_dict_pre_hook(refuse_other_shapes)  # type: ignore[no-untyped-call]
 
     @property
     def state(self) -> Any:
@@ -37,12 +36,6 @@ class _Statistics(nn.Module):
             checks.same_shape(function, f"state.{name}", value, "the buffer", getattr(self, name).shape)
         for name, value in state._asdict().items():
             getattr(self, name).copy_(value)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's, but all names and shapes are checked before anything is overwritten."""
-        if strict:
-            refuse_other_names(self, state_dict)
-        return super().load_state_dict(state_dict, strict, assign)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves follow; of casts, no half precision reaches the statistics: there they would stop, or overflow."""

@@ -7,8 +7,9 @@ import csv
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import tyro
+
+from benchmarks.learning.records import moving_mean
 
 matplotlib.use("Agg")  # there may be no screen
 from matplotlib import pyplot as plt
@@ -28,7 +29,7 @@ def main(files: tyro.conf.Positional[list[Path]], out: Path, title: str = "", go
         with open(file, newline="") as lines:
             rows = list(csv.DictReader(lines))
         returns = [float(row["return"]) for row in rows]
-        means = [np.mean(returns[max(0, i - 19) : i + 1]) for i in range(len(rows))]
+        means = moving_mean(returns)
         for ax, name, unit in ((axes[0], "step", 1.0), (axes[1], "seconds", 60.0)):
             x = [float(row[name]) / unit for row in rows]
             ax.plot(x, returns, ".", color=f"C{seed}", alpha=0.2, markersize=4)

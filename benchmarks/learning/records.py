@@ -106,11 +106,16 @@ def draw_run(folder: Path, title: str, rows: Sequence[Row], open_loop: tuple[Ten
     plt.close(figure)
 
 
+def moving_mean(returns: Sequence[float]) -> list[float]:
+    """At each episode, the mean of the last 20."""
+    return [float(np.mean(returns[max(0, i - 19) : i + 1])) for i in range(len(returns))]
+
+
 def draw_curve(axes: Any, rows: Sequence[Row]) -> None:
     """Return of each episode, and the mean of the last 20."""
     steps, returns = [row["step"] for row in rows], [row["return"] for row in rows]
     axes.plot(steps, returns, ".", alpha=0.3, label="episode")
-    axes.plot(steps, [np.mean(returns[max(0, i - 19) : i + 1]) for i in range(len(rows))], label="mean of 20")
+    axes.plot(steps, moving_mean(returns), label="mean of 20")
     axes.set(title="Return", xlabel="environment steps")
     axes.legend()
 

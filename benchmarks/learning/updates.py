@@ -10,6 +10,7 @@ replayed as one. Nothing in it waits for the device or asks for a value, and all
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -62,7 +63,8 @@ def make_update(agent: Agent, config: "Config") -> Update:
         leaves, spec = tree_flatten(learner.params)
         leaves = [p.detach().requires_grad_() for p in leaves]
         # A check of operations at their first call makes them, and the steps in them, seem others than later.
-        with functorch_config.patch(check_custom_op_aliasing=False):
+        unchecked = functorch_config.patch(check_custom_op_aliasing=False) if config.compile else nullcontext()
+        with unchecked:
             total, aux, state = loss(tree_unflatten(leaves, spec), learner.loss, batch, noise)
             grads = tree_unflatten(torch.autograd.grad(total, leaves), spec)
         with torch.no_grad():

@@ -181,15 +181,6 @@ def compare(
     return {name: Timing(q[1], q[0], q[2]) for name, q in quartiles.items()}
 
 
-def table(timings: Mapping[str, Timing], against: str) -> str:
-    """A row for each contender: median, quartiles, and how many times faster than `against` it is."""
-    rows = [f"{'':<44} {'median ms':>10} {'quartiles':>19} {'x faster':>9}"]
-    for name, t in timings.items():
-        quartiles = f"{t.low:.2f} - {t.high:.2f}"
-        rows.append(f"{name:<44} {t.median:>10.2f} {quartiles:>19} {timings[against].median / t.median:>9.2f}")
-    return "\n".join(rows)
-
-
 def peak_memory(contender: Callable[[], object], device: str = "cpu") -> int:
     """Bytes that one call has allocated at its worst moment, above what was there before it."""
     if device == "cuda":

@@ -47,10 +47,10 @@ def cases(quick: bool, device: str) -> Iterator[Case]:
 def case(name: str, length: int, device: str, *, grad: bool, ends: float = 0.0) -> Case:
     """All contenders on one kind of data."""
     contenders = {
-        "torchrl eager": lambda data: run(torchrl, data.torchrl),
-        "torchrl compiled": partial_on("torchrl", torch.compile(torchrl)),
-        "rlloss eager": lambda data: run(ours, data.rlloss),
-        "rlloss compiled": partial_on("rlloss", torch.compile(ours, fullgraph=True)),
+        "torchrl eager": on("torchrl", torchrl),
+        "torchrl compiled": on("torchrl", torch.compile(torchrl)),
+        "rlloss eager": on("rlloss", ours),
+        "rlloss compiled": on("rlloss", torch.compile(ours, fullgraph=True)),
         "limit: a copy": lambda data: copy(data.torchrl),
     }
 
@@ -61,7 +61,8 @@ def case(name: str, length: int, device: str, *, grad: bool, ends: float = 0.0) 
     return Case(name, size, length, lambda: draw(length, device, grad, ends), contenders, results)
 
 
-def partial_on(side: str, estimate: Callable[[Sequences], Tensor]) -> Callable[[Data], Tensor]:
+def on(side: str, estimate: Callable[[Sequences], Tensor]) -> Callable[[Data], Tensor]:
+    """An estimate of the sequences in the layout of one side."""
     return lambda data: run(estimate, getattr(data, side))
 
 

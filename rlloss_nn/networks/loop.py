@@ -12,6 +12,7 @@ the step is compiled again at the second; not so with ``torch._functorch.config.
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate, pairwise
 from typing import Any, TypeAlias
 from weakref import WeakValueDictionary
 
@@ -124,14 +125,8 @@ def _loop(
 
 
 @_loop.register_fake
-def _(
-    number: int,
-    cast: torch.dtype | None,
-    weights: Sequence[Tensor],
-    carry: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    constants: Sequence[Tensor],
-) -> list[Tensor]:
+def _(number: int, cast: torch.dtype | None, *parts: Sequence[Tensor]) -> list[Tensor]:
+    weights, carry, inputs, constants = parts
     length = (*inputs, *constants)[0].shape[1]
     first = next(_steps(inputs, constants))
     state, outputs = _LOOPS[number]._forwards(cast, list(weights), list(carry), *first)
@@ -169,16 +164,8 @@ def _loop_backward(
 
 
 @_loop_backward.register_fake
-def _(
-    number: int,
-    cast: torch.dtype | None,
-    weights: Sequence[Tensor],
-    carry: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    constants: Sequence[Tensor],
-    done: Sequence[Tensor],
-    grads: Sequence[Tensor],
-) -> list[Tensor]:
+def _(number: int, cast: torch.dtype | None, *parts: Sequence[Tensor]) -> list[Tensor]:
+    weights, carry, inputs, *_ = parts
     return [x.new_empty(x.shape) for x in [*weights, *carry, *inputs]]
 
 
@@ -189,20 +176,19 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 
 def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    saved, parts = list(ctx.saved_tensors), []
-    for size in ctx.sizes:
-        parts.append(saved[:size])
-        saved = saved[size:]
-    full = [torch.zeros_like(x) if grad is None else grad for grad, x in zip(grads, saved, strict=True)]
-    flat = list(_loop_backward(ctx.number, ctx.cast, *parts, saved, full))
-    results: list[Any] = []
-    for size in ctx.sizes[:3]:
-        results.append(flat[:size])
-        flat = flat[size:]
-    return None, None, *results, [None] * ctx.sizes[3]
+    *parts, done = _split(ctx.saved_tensors, ctx.sizes)
+    full = [torch.zeros_like(x) if grad is None else grad for grad, x in zip(grads, done, strict=True)]
+    *gradients, _ = _split(_loop_backward(ctx.number, ctx.cast, *parts, done, full), ctx.sizes[:3])
+    return None, None, *gradients, [None] * ctx.sizes[3]
 
 
 _loop.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _split(tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[list[Tensor]]:
+    """Parts of those sizes, and what is left."""
+    ends = [0, *accumulate(sizes), len(tensors)]
+    return [list(tensors[start:end]) for start, end in pairwise(ends)]
 
 
 def _steps(inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> Any:
