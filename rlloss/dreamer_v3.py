@@ -24,7 +24,7 @@ from rlloss.policy import (
 from rlloss.returns import lambda_return
 from rlloss.statistics import ReturnRange, return_range_scale, return_range_update
 from rlloss.transforms import symlog
-from rlloss.two_hot import symexp_bins, two_hot_cross_entropy, two_hot_decode
+from rlloss.two_hot import neighbours, symexp_bins, two_hot_cross_entropy, two_hot_decode
 from rlloss.types import ApplyFn, Batch, Params, Scalar
 
 if TYPE_CHECKING:
@@ -1228,8 +1228,7 @@ class _Critic(NamedTuple):
         # A two-hot is a constant, but a return can be differentiated by its discount. What is added is 0, and has the
         # derivative of the interpolation between two bins.
         target = target.to(prediction.dtype).clamp(bins[0], bins[-1])
-        lower = torch.searchsorted(bins, target.detach().contiguous(), right=True).sub(1).clamp(0, bins.shape[0] - 2)
-        pair = torch.stack([lower, lower + 1], -1)
+        pair, _ = neighbours(target, bins)
         rise = torch.gather(prediction, -1, pair).diff(dim=-1).squeeze(-1)
         slope = -rise / bins[pair].diff(dim=-1).squeeze(-1)
         return nats + torch.where(torch.isfinite(slope), slope, 0.0) * (target - target.detach())

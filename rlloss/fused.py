@@ -2,6 +2,7 @@ r"""The hot reductions in one pass over memory; how fast paths are chosen, and n
 
 A loss does almost no arithmetic. Its time is the memory it touches, most of all the fresh pages of full-size
 temporaries; so a fast path has none: each element of a gradient is written once, and once more where it is scaled.
+Large gradients lie in huge pages where the kernel has them (pages.py).
 
 =============================================  ========  ============================================================
 where                                          path      why
@@ -36,6 +37,7 @@ from torch.autograd import forward_ad
 from torch.func import vjp
 
 from rlloss import checks
+from rlloss.pages import advise_huge_pages
 
 Tensors = tuple[Tensor, ...]
 
@@ -50,7 +52,7 @@ class Reduction:
 
     formula: Callable[..., Tensors]  # operands -> ``live`` tensors [...]; its derivatives define those of any order
     live = 1
-    scratch = 0  # how many tensors like a block of the first operand it writes into
+    scratch = 0  # how many tensors like a block of the first operand it writes into, at least ``live``
     block = 2**18  # elements of the first operand in a block: with the scratch, it stays in the cache
     smallest = 2**16  # elements of the first operand from which on the fast path pays
     integers: ClassVar[tuple[torch.dtype, ...]] = ()  # dtypes it reads, besides one of floats
@@ -61,7 +63,10 @@ class Reduction:
         raise NotImplementedError
 
     def prepare(self, rows: Tensors, scratch: Tensors) -> None:
-        """Write into ``scratch`` what value and gradients share."""
+        """Write into ``scratch`` what value and gradients share.
+
+        The i-th tensor of scratch may be the memory of the i-th live operand's gradient.
+        """
         raise NotImplementedError
 
     def value(self, rows: Tensors, scratch: Tensors, out: Tensor) -> None:
@@ -175,7 +180,7 @@ class _Both(torch.autograd.Function):
         out = operands[0].new_empty(_leading(reduction, operands))
         slopes = [_fresh(reduction, operands[i], trailing[i]) for i in wanted]
         counts = (*trailing, 0, *[trailing[i] for i in wanted])
-        for tensors, scratch in _blocks(reduction, (*operands, out, *slopes), counts):
+        for tensors, scratch in _blocks(reduction, (*operands, out, *slopes), counts, wanted):
             rows, (part, *parts) = tensors[:number], tensors[number:]
             reduction.prepare(rows, scratch)
             reduction.value(rows, scratch, part)
@@ -216,7 +221,7 @@ class _Slope(torch.autograd.Function):
             return slopes
         outs = [_fresh(reduction, tensors[live + i], trailing[i]) for i in wanted]
         counts = (*[0] * live, *trailing, *[trailing[i] for i in wanted])
-        for tensor, scratch in _blocks(reduction, (*tensors, *outs), counts, first=live):
+        for tensor, scratch in _blocks(reduction, (*tensors, *outs), counts, wanted, first=live):
             rows, parts = tensor[live : len(tensors)], tensor[len(tensors) :]
             reduction.prepare(rows, scratch)
             reduction.slope(rows, scratch, _at(wanted, parts, live))
@@ -308,7 +313,7 @@ class ErrorSum(Reduction):
             error.sgn_()
         if self.symlog_prediction:
             torch.div(error, torch.abs(rows[0], out=other).add_(1), out=out[0])
-        else:
+        elif out[0] is not error:
             out[0].copy_(error)
 
     def _target(self, target: Tensor, out: Tensor) -> Tensor:
@@ -321,9 +326,9 @@ class ErrorSum(Reduction):
 
 @dataclass(frozen=True)
 class TwoHotCrossEntropy(Reduction):
-    """Cross-entropy of a two-hot target: (logits [..., bins], lower, lower_weight, upper_weight [...] each).
+    """Cross-entropy of a two-hot target: (logits [..., bins], indices of two bins [..., 2], their weights [..., 2]).
 
-    Bin ``lower`` and the next one weigh ``lower_weight`` and ``upper_weight``; one that weighs 0 adds nothing.
+    A bin that weighs 0 adds nothing.
     """
 
     scratch = 1
@@ -332,7 +337,7 @@ class TwoHotCrossEntropy(Reduction):
 
     def trailing(self) -> tuple[int, ...]:
         """As for every :class:`Reduction`."""
-        return 1, 0, 0, 0
+        return 1, 1, 1
 
     def prepare(self, rows: Tensors, scratch: Tensors) -> None:
         """As for every :class:`Reduction`."""
@@ -340,21 +345,15 @@ class TwoHotCrossEntropy(Reduction):
 
     def value(self, rows: Tensors, scratch: Tensors, out: Tensor) -> None:
         """As for every :class:`Reduction`."""
-        _, lower, lower_weight, upper_weight = rows
-        below, above = (torch.gather(scratch[0], 1, lower[:, None] + k).squeeze(1) for k in (0, 1))
-        below, above = (
-            torch.where(weight == 0, 0.0, -weight * nats)
-            for weight, nats in ((lower_weight, below), (upper_weight, above))
-        )
-        torch.add(below, above, out=out)
+        _, pair, weights = rows
+        nats = torch.gather(scratch[0], 1, pair).neg_()
+        torch.sum(torch.where(weights == 0, 0.0, weights * nats), 1, out=out)
 
     def slope(self, rows: Tensors, scratch: Tensors, out: Sequence[Tensor | None]) -> None:
         """As for every :class:`Reduction`."""
-        _, lower, lower_weight, upper_weight = rows
+        _, pair, weights = rows
         if out[0] is not None:
-            torch.exp(scratch[0], out=out[0]).mul_((lower_weight + upper_weight)[:, None])
-            out[0].scatter_add_(1, lower[:, None], -lower_weight[:, None])
-            out[0].scatter_add_(1, lower[:, None] + 1, -upper_weight[:, None])
+            torch.exp(scratch[0], out=out[0]).mul_(weights.sum(1, keepdim=True)).scatter_add_(1, pair, -weights)
 
 
 @dataclass(frozen=True)
@@ -396,12 +395,12 @@ class Divergence(Reduction):
     def slope(self, rows: Tensors, scratch: Tensors, out: Sequence[Tensor | None]) -> None:
         """As for every :class:`Reduction`."""
         p, q, _, ratio, log_ratio = scratch
-        if out[0] is not None:
-            _softmax_slope(log_ratio, p, out[0])
         if out[1] is not None and self.mix:
             _softmax_slope(ratio, q, out[1])
         elif out[1] is not None:
             torch.softmax(rows[1], -1, out=out[1]).sub_(p)
+        if out[0] is not None:  # last, for this may be the memory of p
+            _softmax_slope(log_ratio, p, out[0])
 
     def _log_ratio(self, rows: Tensors, p: Tensor, out: Tensor) -> None:
         """Write the posterior's probabilities, and log(p / q), which is 0 where p is: 0 log 0 is 0."""
@@ -502,25 +501,32 @@ def _fold(info: Any, dims: Sequence[int | None], tensors: Tensors) -> list[Tenso
 def _fresh(reduction: Reduction, like: Tensor, trailing: int) -> Tensor:
     """Memory for a gradient, in the order of ``like`` if its kernel can write and its rows can be counted there."""
     if reduction.any_layout and _viewable(out := torch.empty_like(like), trailing):
-        return out
-    return like.new_empty(like.shape)
+        return advise_huge_pages(out)
+    return advise_huge_pages(like.new_empty(like.shape))
 
 
 def _blocks(
-    reduction: Reduction, tensors: Tensors, trailing: tuple[int, ...], first: int = 0
+    reduction: Reduction, tensors: Tensors, trailing: tuple[int, ...], wanted: tuple[int, ...] = (), first: int = 0
 ) -> Iterator[tuple[Tensors, Tensors]]:
-    """Blocks of rows ``[rows, *row]`` of all tensors, and scratch like that of the first operand."""
-    scratch: Tensors = ()
+    """Blocks of rows ``[rows, *row]`` of all tensors, and scratch like that of the first operand.
+
+    The last tensors are the gradients of the ``wanted`` operands, and serve as scratch in their places.
+    """
+    spare: dict[int, Tensor] = {}
+    gradients = range(len(tensors) - len(wanted), len(tensors))
     for group in _rows(tensors, trailing, first, reduction.block):
         count, elements = group[first].shape[0], math.prod(group[first].shape[1:])
         step = max(1, min(count, reduction.block // max(1, elements)))
-        if not scratch:
+        if not spare:
             layout = torch.preserve_format if reduction.any_layout else torch.contiguous_format
             like = group[first][:step]
-            scratch = tuple(torch.empty_like(like, memory_format=layout) for _ in range(reduction.scratch))
+            needed = set(range(reduction.scratch)) - set(wanted)
+            spare = {i: torch.empty_like(like, memory_format=layout) for i in needed}
         for start in range(0, count, step):
             block = tuple(x[start : start + step] for x in group)
-            yield block, tuple(x[: block[first].shape[0]] for x in scratch)
+            own = {i: x[: block[first].shape[0]] for i, x in spare.items()}
+            scratch = own | {i: block[k] for i, k in zip(wanted, gradients, strict=True)}
+            yield block, tuple(scratch[i] for i in range(reduction.scratch))
 
 
 def _rows(tensors: Tensors, trailing: tuple[int, ...], first: int, block: int) -> Iterator[Tensors]:

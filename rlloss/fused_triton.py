@@ -103,19 +103,19 @@ def divergence_slopes(
 
 
 @triton_op("rlloss::two_hot_value", mutates_args={})
-def two_hot_value(logits: Tensor, lower: Tensor, lower_weight: Tensor, upper_weight: Tensor) -> Tensor:
-    """Logits [..., bins], index and weights [...] -> [...]."""
-    out, bins = torch.empty_like(lower_weight), logits.shape[-1]
-    rest = lower, lower_weight, upper_weight, out, bins
+def two_hot_value(logits: Tensor, pair: Tensor, weights: Tensor) -> Tensor:
+    """Logits [..., bins], two indices and their weights [..., 2] -> [...]."""
+    out, bins = logits.new_empty(logits.shape[:-1]), logits.shape[-1]
+    rest = pair, weights, out, bins
     _launch(_two_hot_value)[(out.numel(),)](logits, *rest, triton.next_power_of_2(bins))
     return out
 
 
 @triton_op("rlloss::two_hot_slope", mutates_args={})
-def two_hot_slope(logits: Tensor, lower: Tensor, lower_weight: Tensor, upper_weight: Tensor, scale: Tensor) -> Tensor:
+def two_hot_slope(logits: Tensor, pair: Tensor, weights: Tensor, scale: Tensor) -> Tensor:
     """As ``two_hot_value``, with scale [...] -> [..., bins]."""
     out, bins = torch.empty_like(logits), logits.shape[-1]
-    rest = lower, lower_weight, upper_weight, scale, out, bins
+    rest = pair, weights, scale, out, bins
     _launch(_two_hot_slope)[(scale.numel(),)](logits, *rest, triton.next_power_of_2(bins))
     return out
 
@@ -271,33 +271,27 @@ def _divergence_slopes(
 
 
 @triton.jit
-def _two_hot_value(logits, lower, lower_weight, upper_weight, out, bins, columns: tl.constexpr):
+def _load_two_hot(logits, pair, weights, bins, columns: tl.constexpr):
+    """Softmax and its logarithm [1, columns], and what each bin of the row weighs."""
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, columns)
     values = tl.load(logits + row * bins + column, column < bins, other=float("-inf"))
-    _, log_p = _softmax(values[None, :])
-    index = tl.load(lower + row)
-    below, above = tl.load(lower_weight + row), tl.load(upper_weight + row)
-    weight = tl.where(column == index, below, tl.where(column == index + 1, above, 0.0))[None, :]
+    p, log_p = _softmax(values[None, :])
+    of_first = tl.where(column == tl.load(pair + 2 * row), tl.load(weights + 2 * row), 0.0)
+    of_second = tl.where(column == tl.load(pair + 2 * row + 1), tl.load(weights + 2 * row + 1), 0.0)
+    return p, log_p, (of_first + of_second)[None, :]
+
+
+@triton.jit
+def _two_hot_value(logits, pair, weights, out, bins, columns: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    _, log_p, weight = _load_two_hot(logits, pair, weights, bins, columns)
     total = tl.sum(tl.where(weight == 0, 0.0, -weight * log_p), 1)
     tl.store(out + row + tl.arange(0, 1), total)
 
 
 @triton.jit
-def _two_hot_slope(
-    logits,
-    lower,
-    lower_weight,
-    upper_weight,
-    scales,
-    out,
-    bins,
-    columns: tl.constexpr,
-):
+def _two_hot_slope(logits, pair, weights, scales, out, bins, columns: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, columns)
-    values = tl.load(logits + row * bins + column, column < bins, other=float("-inf"))
-    p, _ = _softmax(values[None, :])
-    index = tl.load(lower + row)
-    below, above = tl.load(lower_weight + row), tl.load(upper_weight + row)
-    target = tl.where(column == index, below, tl.where(column == index + 1, above, 0.0))
-    slope = tl.load(scales + row) * ((below + above) * p - target[None, :])
+    p, _, weight = _load_two_hot(logits, pair, weights, bins, columns)
+    slope = tl.load(scales + row) * (tl.sum(weight, 1)[:, None] * p - weight)
     tl.store(out + row * bins + column[None, :], slope, (column < bins)[None, :])

@@ -97,10 +97,10 @@ def two_hot_encode(x: Tensor, bins: Tensor) -> Tensor:
     """
     x = checks.real("two_hot_encode", "x", x)
     bins = _bins("two_hot_encode", bins).to(x.dtype)
-    lower, lower_weight, upper_weight = _neighbours(x, bins)
+    pair, weights = neighbours(x, bins)
     index = torch.arange(bins.shape[0], device=bins.device)
-    below = torch.where(index == lower[..., None], lower_weight[..., None], 0.0)
-    return torch.where(index == lower[..., None] + 1, upper_weight[..., None], below)
+    below = torch.where(index == pair[..., :1], weights[..., :1], 0.0)
+    return torch.where(index == pair[..., 1:], weights[..., 1:], below)
 
 
 def two_hot_decode(logits: Tensor, bins: Tensor) -> Tensor:
@@ -165,28 +165,22 @@ def two_hot_cross_entropy(logits: Tensor, target: Tensor, bins: Tensor) -> Tenso
     target = checks.real(function, "target", target).to(logits.dtype)
     guess = "A trailing dimension of 1? Pass target.squeeze(-1)." if target.shape[-1:] == (1,) else ""
     checks.same_shape(function, "target", target, "logits without the bins", logits.shape[:-1], guess)
-    return fused.reduce(fused.TwoHotCrossEntropy(_cross_entropy), logits, *_neighbours(target, bins))[0]
+    return fused.reduce(fused.TwoHotCrossEntropy(_cross_entropy), logits, *neighbours(target, bins))[0]
 
 
-def _cross_entropy(logits: Tensor, lower: Tensor, lower_weight: Tensor, upper_weight: Tensor) -> tuple[Tensor]:
-    log_probabilities = torch.log_softmax(logits, -1)
-    below = torch.gather(log_probabilities, -1, lower[..., None]).squeeze(-1)
-    above = torch.gather(log_probabilities, -1, lower[..., None] + 1).squeeze(-1)
-    return (_weigh(lower_weight, -below) + _weigh(upper_weight, -above),)
+def _cross_entropy(logits: Tensor, pair: Tensor, weights: Tensor) -> tuple[Tensor]:
+    nats = -torch.gather(torch.log_softmax(logits, -1), -1, pair)
+    return (torch.where(weights == 0, 0.0, weights * nats).sum(-1),)
 
 
-def _neighbours(x: Tensor, bins: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Index of the bin below each value, its weight, and the weight of the bin above."""
+def neighbours(x: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of the bins below and above each value [..., 2], and their weights [..., 2]."""
     x = x.detach().clamp(bins[0], bins[-1])
     lower = (torch.searchsorted(bins, x.contiguous(), right=True) - 1).clamp(0, bins.shape[0] - 2)
-    # Indexed with a dimension more, for torch reads the value of an index that has none.
-    below, above = bins[lower[..., None]].squeeze(-1), bins[lower[..., None] + 1].squeeze(-1)
+    pair = lower[..., None] + torch.arange(2, device=bins.device)
+    below, above = bins[pair].unbind(-1)
     # A support may hold a value twice, as the author's even grids hold zero; its pair is never chosen but by NaN.
-    return lower, (above - x) / (above - below), (x - below) / (above - below)
-
-
-def _weigh(weight: Tensor, nats: Tensor) -> Tensor:
-    return torch.where(weight == 0, 0.0, weight * nats)
+    return pair, torch.stack((above - x, x - below), -1) / (above - below)[..., None]
 
 
 def _bins(function: str, bins: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from rlloss import categorical_kl_terms, dreamer_v3_model_terms, fused, symexp_bins, two_hot_cross_entropy
 from rlloss.categorical import _kl_pair
 from rlloss.dreamer_v3 import _error_sum
-from rlloss.two_hot import _cross_entropy, _neighbours
+from rlloss.two_hot import _cross_entropy, neighbours
 
 BINS = torch.tensor([-5.0, -2.0, -0.5, 0.0, 1.0, 10.0], dtype=torch.float64)
 TOLERANCE = {torch.float64: {"rtol": 1e-9, "atol": 1e-9}, torch.float32: {"rtol": 1e-4, "atol": 1e-5}}
@@ -37,7 +37,7 @@ def divergence(dims, mix):
 def two_hot(*lead, dtype=torch.float64):
     """Logits, and what a target becomes."""
     target = 6 * torch.randn(*lead, dtype=torch.float64)
-    return torch.randn(*lead, len(BINS), dtype=dtype), *_neighbours(target.to(dtype), BINS.to(dtype))
+    return torch.randn(*lead, len(BINS), dtype=dtype), *neighbours(target.to(dtype), BINS.to(dtype))
 
 
 def images(*shape, dtype=torch.float64):
@@ -229,7 +229,7 @@ def test_any_shape_layout_and_dtype(kind, data):
         live, constants = [data.draw(tensors([*lead, *event], dtype)) for _ in range(2)], []
     else:
         reduction, live = fused.TwoHotCrossEntropy(_cross_entropy), [data.draw(tensors([*lead, len(BINS)], dtype))]
-        constants = _neighbours(data.draw(tensors(lead, dtype)), BINS.to(dtype))
+        constants = neighbours(data.draw(tensors(lead, dtype)), BINS.to(dtype))
     weights = [torch.randn(lead, dtype=dtype) for _ in live]
     function, formula = both(reduction, constants)
     with pytest.MonkeyPatch.context() as patch:

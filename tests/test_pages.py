@@ -1,0 +1,89 @@
+"""Large gradients ask for huge pages, and nothing else is asked for or lost."""
+
+import mmap
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import rlloss
+from rlloss import pages
+from rlloss.pages import SMALLEST, advise_huge_pages
+
+
+@pytest.fixture
+def advised(monkeypatch):
+    """What the kernel is told: (start, length, advice)."""
+    calls = []
+    monkeypatch.setattr(pages, "_madvise", lambda: lambda *args: calls.append(args) or -1)
+    return calls
+
+
+def test_whole_pages_inside_the_memory_are_advised(advised):
+    memory = torch.empty(SMALLEST + 100, dtype=torch.uint8)
+    assert advise_huge_pages(memory) is memory
+    ((start, length, advice),) = advised
+    end = memory.data_ptr() + memory.nbytes
+    assert advice == mmap.MADV_HUGEPAGE
+    assert start % mmap.PAGESIZE == length % mmap.PAGESIZE == 0
+    assert memory.data_ptr() <= start < memory.data_ptr() + mmap.PAGESIZE
+    assert end - mmap.PAGESIZE < start + length <= end
+
+
+def test_small_memory_and_other_devices_are_left_alone(advised):
+    advise_huge_pages(torch.empty(SMALLEST - 1, dtype=torch.uint8))
+    advise_huge_pages(torch.empty(0))
+    advise_huge_pages(torch.empty(SMALLEST, dtype=torch.uint8, device="meta"))
+    assert not advised
+
+
+def test_nothing_happens_where_there_are_no_such_pages(monkeypatch):
+    for target, name, value in ((sys, "platform", "win32"), (mmap, "MADV_HUGEPAGE", None)):
+        with monkeypatch.context() as patch:
+            pages._madvise.cache_clear()
+            if value is None:
+                patch.delattr(target, name, raising=False)
+            else:
+                patch.setattr(target, name, value)
+            memory = torch.empty(SMALLEST, dtype=torch.uint8)
+            assert advise_huge_pages(memory) is memory
+            assert pages._madvise() is None
+    pages._madvise.cache_clear()
+
+
+def gradient(numbers):
+    """Of the squared error of an image of so many numbers."""
+    logits = torch.zeros(1, 1, 1, 1)
+    image = torch.zeros(1, 1, numbers, requires_grad=True)
+    outputs = {"prior_logits": logits, "posterior_logits": logits, "reconstruction": image, "reward": logits[..., 0, 0]}
+    batch = {"observation": torch.ones(1, 1, numbers), "reward": logits[..., 0, 0]}
+    terms = rlloss.dreamer_v3_model_terms(
+        outputs, batch, reward_two_hot=False, lambda_continue=0, reco_transform="none"
+    )
+    terms["reco"].sum().backward()
+    return image.grad
+
+
+def test_large_gradients_are_advised(advised):
+    assert torch.equal(gradient(SMALLEST // 4), torch.full((1, 1, SMALLEST // 4), -2.0))
+    assert len(advised) == 1
+    gradient(SMALLEST // 4 - 1)
+    assert len(advised) == 1
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="this kernel has no transparent huge pages"
+)
+def test_the_kernel_notes_the_advice():
+    image = gradient(SMALLEST // 4)
+    middle, inside = image.data_ptr() + image.nbytes // 2, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        fields = line.split()
+        if not fields[0].endswith(":"):
+            low, high = (int(x, 16) for x in fields[0].split("-"))
+            inside = low <= middle < high
+        elif inside and fields[0] == "VmFlags:":
+            assert "hg" in fields
+            return
+    raise AssertionError("no mapping holds the gradient")
