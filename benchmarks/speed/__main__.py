@@ -1,4 +1,4 @@
-"""python -m benchmarks.speed: every loss beside torchrl's and the hardware's limit, in one process."""
+"""python -m benchmarks.speed: every loss beside torchrl's and the hardware's limit, each case in its own process."""
 
 from benchmarks.speed.command import main
 

@@ -4,17 +4,20 @@ import argparse
 import datetime
 import importlib
 import importlib.metadata
+import itertools
 import logging
+import multiprocessing
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 
 from benchmarks.speed import goals, paths, report
-from benchmarks.speed.harness import Row, Settings, machine, measure
+from benchmarks.speed.harness import Case, Row, Settings, machine, measure
 
 SUITES = ("model_loss", "returns", "rnd", "ensembles", "update")
 RESULTS = Path(__file__).parent / "results"
@@ -23,19 +26,9 @@ RESULTS = Path(__file__).parent / "results"
 def main(arguments: Sequence[str] | None = None, suite: str = "") -> None:
     """Measure the suites that were asked for, one after another."""
     options = parse(arguments, suite)
-    torch.set_num_threads(options.threads)
-    # A compiler that breaks the graph logs pages of it; the count is in the table.
-    torch._logging.set_logs(dynamo=logging.ERROR)
-    warnings.filterwarnings("ignore", module="torchrl|tensordict")
-    # What compiling takes is measured, not what it takes when it was done before.
-    torch._inductor.config.force_disable_caches = not options.quick
-    warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
-    settings = Settings(
-        options.device, options.repetitions, options.limit, time.process_time if options.busy else time.perf_counter
-    )
     rows = []
     for name in options.suites:
-        rows += run(name, options, settings)
+        rows += run(name, options)
     summary = f"{paths.listing(options.device)}\n\n{goals.listing(rows, options.device)}\n"
     print(summary, end="")
     if options.output is not None and set(options.suites) == set(SUITES) and not options.contenders:
@@ -56,7 +49,7 @@ def parse(arguments: Sequence[str] | None = None, suite: str = "") -> argparse.N
         help="those with one of these in the name, such as eager,limit (default: all, fewer with --quick)",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--quick", action="store_true", help="a few small cases, five rounds, under a minute")
+    parser.add_argument("--quick", action="store_true", help="a few small cases in one process, five rounds")
     parser.add_argument("--repetitions", type=int, help="timed rounds (default: 21, 5 with --quick)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU (default: as torch)")
     parser.add_argument("--busy", action="store_true", help="one thread, its processor time: on a CPU with other work")
@@ -87,16 +80,47 @@ def parse(arguments: Sequence[str] | None = None, suite: str = "") -> argparse.N
     return options
 
 
-def run(name: str, options: argparse.Namespace, settings: Settings) -> list[Row]:
+def chosen(name: str, options: argparse.Namespace) -> Iterator[Case]:
+    """The cases of a suite, with the contenders that are wanted."""
+    suite = importlib.import_module(f"benchmarks.speed.{name}")
+    wanted = (options.contenders or (suite.QUICK if options.quick else "")).split(",")
+    for case in suite.cases(options.quick, options.device):
+        contenders = {k: v for k, v in case.contenders.items() if any(w in k for w in wanted)}
+        if contenders:
+            yield case._replace(contenders=contenders)
+
+
+def rows_of(name: str, index: int, options: argparse.Namespace) -> list[Row]:
+    """One case of a suite, measured in this process."""
+    torch.set_num_threads(options.threads)
+    # A compiler that breaks the graph logs pages of it; the count is in the table.
+    torch._logging.set_logs(dynamo=logging.ERROR)
+    warnings.filterwarnings("ignore", module="torchrl|tensordict")
+    # What compiling takes is measured, not what it takes when it was done before.
+    torch._inductor.config.force_disable_caches = not options.quick
+    warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
+    clock = time.process_time if options.busy else time.perf_counter
+    case = next(itertools.islice(chosen(name, options), index, None))
+    return measure(name, case, Settings(options.device, options.repetitions, options.limit, clock))
+
+
+def alone(name: str, index: int, options: argparse.Namespace) -> list[Row]:
+    """One case of a suite, measured in a new process.
+
+    What a case leaves behind in the allocator decides whether the next one finds memory or has to ask for pages, which
+    is often most of its time.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(rows_of, name, index, options).result()
+
+
+def run(name: str, options: argparse.Namespace) -> list[Row]:
     """One suite: measured, printed and, where there is a folder for it, written."""
     suite = importlib.import_module(f"benchmarks.speed.{name}")
     rows: list[Row] = []
-    wanted = (options.contenders or (suite.QUICK if options.quick else "")).split(",")
-    for case in suite.cases(options.quick, options.device):
-        case = case._replace(contenders={k: v for k, v in case.contenders.items() if any(w in k for w in wanted)})
-        if case.contenders:
-            print(f"{name}: {case.name}, {case.size}", flush=True)
-            rows += measure(name, case, settings)
+    for index, case in enumerate(chosen(name, options)):
+        print(f"{name}: {case.name}, {case.size}", flush=True)
+        rows += (rows_of if options.quick else alone)(name, index, options)
     if not rows:
         raise SystemExit(f"benchmarks.speed: no contender of {name} has {options.contenders} in its name.")
     conditions = (

@@ -210,4 +210,8 @@ def machine(device: str = "") -> str:
         name = model[1] if model else platform.processor() or platform.machine()
     count = torch.get_num_threads()
     threads = f"{count} thread{'s' * (count > 1)}"
+    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if device == "cpu" and pages.exists():
+        chosen = pages.read_text().partition("[")[2].partition("]")[0]
+        threads += f", huge pages {chosen!r}"
     return f"{name}, {threads}, torch {torch.__version__}, Python {platform.python_version()}"

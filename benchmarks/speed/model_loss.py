@@ -51,10 +51,7 @@ class Given(nn.Module):
 
 
 def cases(quick: bool, device: str) -> Iterator[Case]:
-    """Three observations in all sizes, and the terms.
-
-    The largest come last: what they leave behind makes the allocator reuse memory where it was fresh before.
-    """
+    """Three observations in all sizes, and the terms."""
     for size in SIZES[:1] if quick else SIZES:
         plain = {"torchrl": {"reco_symlog": False}, "rlloss": {"reco_transform": "none"}}
         yield whole("official, pixels", size, PIXELS, OFFICIAL, plain, device)
