@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from rlloss.fused import cannot_be_saved, in_transform, legacy_batched
 
 
-def chained(reward: Tensor, bootstrap: Tensor, known: Tensor, chain: Tensor) -> Tensor:
+def chained(reward: Tensor, bootstrap: Tensor, known: Tensor, chain: Tensor, *, probabilities: bool = False) -> Tensor:
     r"""Values that each consist of a reward, of what is known of the future, and of the next value.
 
     .. math:: y_i = r_{i+1} + k_i v_{i+1} + c_i y_{i+1}, \quad y_n = v_n
@@ -27,6 +27,7 @@ def chained(reward: Tensor, bootstrap: Tensor, known: Tensor, chain: Tensor) -> 
         bootstrap: v, of the same shape.
         known: k [..., n], the weight of the bootstrap.
         chain: c [..., n], the weight of the next value.
+        probabilities: whether the weights are sure to lie in [0, 1], which saves a third of the passes.
 
     Returns:
         y [..., n].
@@ -35,7 +36,7 @@ def chained(reward: Tensor, bootstrap: Tensor, known: Tensor, chain: Tensor) -> 
     watched = torch.compiler.is_compiling() or in_transform() or any(type(x) is not Tensor for x in operands)
     if watched or cannot_be_saved(operands):
         return _step_by_step(*operands)
-    y: Tensor = _Chained.apply(*operands)  # type: ignore[no-untyped-call]
+    y: Tensor = _Chained.apply(*operands, probabilities)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -64,35 +65,39 @@ class _Chained(torch.autograd.Function):
     """``_step_by_step`` for plain autograd."""
 
     @staticmethod
-    def forward(ctx: Any, reward: Tensor, bootstrap: Tensor, known: Tensor, chain: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, reward: Tensor, bootstrap: Tensor, known: Tensor, chain: Tensor, probabilities: bool
+    ) -> Tensor:
+        gate = (lambda weight: weight) if probabilities else torch.abs
         y = reward.new_empty(chain.shape)
-        torch.addcmul(reward[..., 1:], known, _gated(bootstrap[..., 1:], known.abs()), out=y)
+        torch.addcmul(reward[..., 1:], known, _gated(bootstrap[..., 1:], gate(known)), out=y)
         end, at_end = bootstrap[..., -1], chain[..., -1]
-        y[..., -1].addcmul_(at_end, _gated(end, at_end.abs()))
-        reach, weight = 1, chain[..., :-1]
+        y[..., -1].addcmul_(at_end, _gated(end, gate(at_end)))
+        reach, weight, weights = 1, chain[..., :-1], []
         while reach < y.shape[-1]:
-            gate = weight.abs()
-            y[..., :-reach].addcmul_(weight, _gated(y[..., reach:], gate))
+            size = gate(weight)
+            y[..., :-reach].addcmul_(weight, _gated(y[..., reach:], size))
+            weights.append(weight)
             # A product of weights is gated too: behind an end there may be anything.
-            weight = weight[..., :-reach] * _gated(weight[..., reach:], gate[..., :-reach])
+            following = weight[..., reach:]
+            weight = weight[..., :-reach] * (following if probabilities else _gated(following, size[..., :-reach]))
             reach *= 2
         # A copy of what is saved is put out, for the caller may write into it.
-        ctx.save_for_backward(reward, bootstrap, known, chain, y.clone() if ctx.needs_input_grad[3] else None)
+        kept = y.clone() if ctx.needs_input_grad[3] else None
+        ctx.save_for_backward(reward, bootstrap, known, chain, kept, *weights)
         return y
 
     @staticmethod
     def backward(ctx: Any, direction: Tensor) -> Any:
-        reward, bootstrap, known, chain, y = ctx.saved_tensors
+        reward, bootstrap, known, chain, y, *weights = ctx.saved_tensors
         if torch.is_grad_enabled() or in_transform() or legacy_batched(direction):
-            return vjp(_step_by_step, reward, bootstrap, known, chain)[1](direction)
+            return *vjp(_step_by_step, reward, bootstrap, known, chain)[1](direction), None
         # Each round of the forward pass, transposed; they commute.
-        of_y, reach, weight = direction.clone(), 1, chain[..., :-1]
-        while reach < of_y.shape[-1]:
-            of_y[..., reach:].add_(weight * of_y[..., :-reach])
-            weight, reach = weight[..., :-reach] * weight[..., reach:], 2 * reach
-        of_reward = of_bootstrap = of_known = of_chain = None
-        if ctx.needs_input_grad[0]:
-            of_reward = pad(of_y, (1, 0))
+        of_reward = pad(direction, (1, 0))
+        of_y = of_reward[..., 1:]
+        for k, weight in enumerate(weights):
+            of_y[..., 2**k :].add_(weight * of_y[..., : -(2**k)])
+        of_bootstrap = of_known = of_chain = None
         if ctx.needs_input_grad[1]:
             of_bootstrap = pad(known * of_y, (1, 0))
             of_bootstrap[..., -1].addcmul_(chain[..., -1], of_y[..., -1])
@@ -101,7 +106,7 @@ class _Chained(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             following = torch.cat([y[..., 1:], bootstrap[..., -1:]], -1)
             of_chain = of_y * _finite_where_silent(chain, following)
-        return of_reward, of_bootstrap, of_known, of_chain
+        return of_reward, of_bootstrap, of_known, of_chain, None
 
 
 def _gated(x: Tensor, gate: Tensor) -> Tensor:

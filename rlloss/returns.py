@@ -49,6 +49,7 @@ def lambda_return(
         >>> lambda_return(torch.tensor([9.0, 1.0, 2.0]), torch.zeros(3), torch.ones(3), discount=0.5, lmbda=1.0)
         tensor([2., 2.])
     """
+    given = continuation
     reward, bootstrap, continuation = _sequences(reward, bootstrap, continuation)
     checks.knob("lambda_return", "discount", discount, 0.0, 1.0)
     checks.knob("lambda_return", "lmbda", lmbda, 0.0, 1.0)
@@ -61,7 +62,9 @@ def lambda_return(
     chain = checks.scalar_like(reward, lmbda) * ahead
     if last is not None:
         chain = torch.where(last[..., 1:], 0.0, chain)
-    return chained(reward, bootstrap, ahead - chain, chain)
+    # The value of a tensor is not looked at, for that would wait for the device.
+    sure = given.dtype == torch.bool and not isinstance(discount, Tensor) and not isinstance(lmbda, Tensor)
+    return chained(reward, bootstrap, ahead - chain, chain, probabilities=sure)
 
 
 def _sequences(reward: Tensor, bootstrap: Tensor, continuation: Tensor) -> tuple[Tensor, Tensor, Tensor]:

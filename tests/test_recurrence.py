@@ -10,7 +10,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, jvp, vmap
 from torch.testing import assert_close
 
-from rlloss import recurrence
+from rlloss import recurrence, returns
 from rlloss.recurrence import _step_by_step, chained
 
 
@@ -45,6 +45,28 @@ def test_variants(variant):
     assert_close(variant(chained)(*operands), _step_by_step(*operands))
     derivative = variant(lambda *x: grad(lambda *y: chained(*y).square().sum(), (0, 1, 2, 3))(*x))(*operands)
     assert_close(derivative, grad(lambda *y: _step_by_step(*y).square().sum(), (0, 1, 2, 3))(*operands))
+
+
+@pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
+@pytest.mark.parametrize("steps", [1, 2, 13])
+def test_probabilities_take_a_shorter_way(steps, bad):
+    reward, bootstrap, known, chain = draw(3, steps=steps)
+    known, chain = known.abs().clamp_max(1), chain.abs().clamp_max(1)
+    reward[0, steps // 2], bootstrap[1, steps // 2] = bad, bad
+    operands = reward, bootstrap, known, chain
+    expected = gradients(_step_by_step, operands, torch.ones_like(chain))
+    got = gradients(lambda *x: chained(*x, probabilities=True), operands, torch.ones_like(chain))
+    assert_close(got, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"discount": torch.tensor(0.5)}, {"lmbda": torch.tensor(0.5)}])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
+def test_only_what_is_sure_counts_as_probabilities(knobs, dtype, monkeypatch):
+    seen = []
+    whole = returns.chained
+    monkeypatch.setattr(returns, "chained", lambda *x, **how: (seen.append(how), whole(*x, **how))[1])
+    returns.lambda_return(*draw(2, steps=4)[:2], torch.ones(2, 5, dtype=dtype), **{"discount": 0.9, **knobs})
+    assert seen == [{"probabilities": dtype == torch.bool and not knobs}]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
