@@ -8,6 +8,9 @@ Large gradients lie in huge pages where the kernel has them (pages.py).
 where                                          path      why
 =============================================  ========  ============================================================
 under ``torch.compile`` and ``torch.export``   plain     the compiler fuses the formula itself, and better
+the same, but not exported and outside of      blocked   the compiler's code cannot ask for huge pages: the pass is one
+transforms: errors of float32 or float64 on a  once      operation of its graph, and backward, which scales, is fused
+CPU whose gradient is large                              with what follows
 CPU, one float dtype (float32 or float64),     blocked   some rows at a time go through the whole formula while they
 ``smallest`` elements or more                            are in the cache; gradients in a second pass, in backward
 the same, a backward pass to follow, outside   blocked   value and gradients in one pass, which reads the operands
@@ -36,8 +39,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import vjp
 
-from rlloss import checks
-from rlloss.pages import advise_huge_pages
+from rlloss import checks, pages
 
 Tensors = tuple[Tensor, ...]
 
@@ -84,6 +86,9 @@ class Reduction:
 
 def reduce(reduction: Reduction, *operands: Tensor) -> Tensors:
     """``reduction.formula(*operands)``, by the fastest path there is."""
+    if isinstance(reduction, ErrorSum) and _is_one_operation(reduction, operands):
+        prediction, target = operands
+        return (_error_sum(prediction, target, *reduction.options())[0],)
     if not has_fast_path(reduction, operands):
         return reduction.formula(*operands)
     values: Tensors = _apply(_Both if _backward_follows(reduction, operands) else _Value, reduction, *operands)
@@ -105,6 +110,18 @@ def has_fast_path(reduction: Reduction, operands: Tensors) -> bool:
     return devices == {"cpu"} and dtypes <= {torch.float32, torch.float64}
 
 
+def _is_one_operation(reduction: "ErrorSum", operands: Tensors) -> bool:
+    """Whether a compiled graph takes the pass as it is, by the same table."""
+    prediction, target = operands
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return False
+    if prediction.device.type != "cpu" or prediction.numel() * prediction.element_size() < pages.SMALLEST:
+        return False
+    known = prediction.dtype in (torch.float32, torch.float64) and target.dtype in (prediction.dtype, torch.uint8)
+    wanted = torch.is_grad_enabled() and prediction.requires_grad
+    return known and wanted and not in_transform()
+
+
 def _backward_follows(reduction: Reduction, operands: Tensors) -> bool:
     """Whether gradients computed now will most likely be asked for, and by plain autograd."""
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in operands[: reduction.live])
@@ -118,6 +135,7 @@ def cannot_be_saved(operands: Tensors) -> bool:
     return torch.is_grad_enabled() and any(x.is_inference() for x in operands)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def in_transform() -> bool:
     """Whether anything but plain autograd looks on: a transform of torch.func, or forward-mode derivatives."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
@@ -174,18 +192,9 @@ class _Both(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, reduction: Reduction, *operands: Tensor) -> Tensors:
-        trailing, number = reduction.trailing(), len(operands)
         ctx.reduction, wanted = reduction, _wanted(ctx, reduction)
         ctx.save_for_backward(*operands)
-        out = operands[0].new_empty(_leading(reduction, operands))
-        slopes = [_fresh(reduction, operands[i], trailing[i]) for i in wanted]
-        counts = (*trailing, 0, *[trailing[i] for i in wanted])
-        for tensors, scratch in _blocks(reduction, (*operands, out, *slopes), counts, wanted):
-            rows, (part, *parts) = tensors[:number], tensors[number:]
-            reduction.prepare(rows, scratch)
-            reduction.value(rows, scratch, part)
-            reduction.slope(rows, scratch, _at(wanted, parts, reduction.live))
-        ctx.slopes = slopes
+        out, ctx.slopes = _value_and_slopes(reduction, wanted, operands)
         ctx.set_materialize_grads(False)
         values = _for_each(reduction, out)
         ctx.mark_non_differentiable(*[value for i, value in enumerate(values) if i not in wanted])
@@ -268,6 +277,20 @@ class _Slope(torch.autograd.Function):
         return _apply(_Slope, reduction, wanted, *_fold(info, dims[2:], tensors)), (0,) * len(wanted)
 
 
+def _value_and_slopes(reduction: Reduction, wanted: tuple[int, ...], operands: Tensors) -> tuple[Tensor, list[Tensor]]:
+    """Value and slopes, but for their factors, in one pass."""
+    trailing, number = reduction.trailing(), len(operands)
+    out = operands[0].new_empty(_leading(reduction, operands))
+    slopes = [_fresh(reduction, operands[i], trailing[i]) for i in wanted]
+    counts = (*trailing, 0, *[trailing[i] for i in wanted])
+    for tensors, scratch in _blocks(reduction, (*operands, out, *slopes), counts, wanted):
+        rows, (part, *parts) = tensors[:number], tensors[number:]
+        reduction.prepare(rows, scratch)
+        reduction.value(rows, scratch, part)
+        reduction.slope(rows, scratch, _at(wanted, parts, reduction.live))
+    return out, slopes
+
+
 @dataclass(frozen=True)
 class ErrorSum(Reduction):
     """Sum of squared or absolute errors: (prediction [..., *row], target [..., *row])."""
@@ -276,10 +299,15 @@ class ErrorSum(Reduction):
     absolute: bool = False
     symlog_prediction: bool = False
     symlog_target: bool = False
-    scratch = 2
+    scratch = 3
+    block = 2**19
     smallest = 2**18
     integers = (torch.uint8,)
     any_layout = True
+
+    def options(self) -> tuple[int, bool, bool, bool]:
+        """All but the formula."""
+        return self.dims, self.absolute, self.symlog_prediction, self.symlog_target
 
     def trailing(self) -> tuple[int, ...]:
         """As for every :class:`Reduction`."""
@@ -287,11 +315,11 @@ class ErrorSum(Reduction):
 
     def prepare(self, rows: Tensors, scratch: Tensors) -> None:
         """As for every :class:`Reduction`."""
-        (prediction, target), (error, other) = rows, scratch
+        (prediction, target), (error, other, sign) = rows, scratch
         if self.symlog_prediction:
-            _symlog(prediction, error).sub_(self._target(target, other))
+            _symlog(prediction, error, sign).sub_(self._target(target, other, sign))
         else:
-            torch.sub(prediction, self._target(target, other), out=error)
+            torch.sub(prediction, self._target(target, other, sign), out=error)
 
     def value(self, rows: Tensors, scratch: Tensors, out: Tensor) -> None:
         """As for every :class:`Reduction`."""
@@ -306,7 +334,7 @@ class ErrorSum(Reduction):
 
     def slope(self, rows: Tensors, scratch: Tensors, out: Sequence[Tensor | None]) -> None:
         """As for every :class:`Reduction`."""
-        error, other = scratch
+        error, other, _ = scratch
         if out[0] is None:
             return
         if self.absolute:
@@ -316,12 +344,45 @@ class ErrorSum(Reduction):
         elif out[0] is not error:
             out[0].copy_(error)
 
-    def _target(self, target: Tensor, out: Tensor) -> Tensor:
+    def _target(self, target: Tensor, out: Tensor, sign: Tensor) -> Tensor:
         """``target``, or what becomes of it, in ``out``; bytes become floats in [0, 1]."""
         if target.dtype != torch.uint8:
-            return _symlog(target, out) if self.symlog_target else target
+            return _symlog(target, out, sign) if self.symlog_target else target
         out.copy_(target).div_(255)
         return out.log1p_() if self.symlog_target else out
+
+
+@torch.library.custom_op("rlloss::error_sum", mutates_args=())
+def _error_sum(
+    prediction: Tensor, target: Tensor, dims: int, absolute: bool, symlog_prediction: bool, symlog_target: bool
+) -> tuple[Tensor, Tensor]:
+    """The value of an :class:`ErrorSum`, and its slope but for the factor."""
+    reduction = ErrorSum(_of_eager_code, dims, absolute, symlog_prediction, symlog_target)
+    value, (slope,) = _value_and_slopes(reduction, (0,), (prediction, target))
+    return value, slope
+
+
+@_error_sum.register_fake
+def _(prediction: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    reduction = ErrorSum(_of_eager_code, *options)
+    return prediction.new_empty(_leading(reduction, (prediction,))), _laid_out(reduction, prediction, reduction.dims)
+
+
+def _keep_slope(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.reduction = ErrorSum(_of_eager_code, *inputs[2:])
+
+
+def _scaled_slope(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Any, ...]:
+    (slope,) = ctx.saved_tensors
+    return checks.align(ctx.reduction.factors()[0] * scale, slope) * slope, *[None] * 5
+
+
+def _of_eager_code(*operands: Tensor) -> Tensors:
+    raise AssertionError("A pass that a compiled graph takes as it is has no formula.")
+
+
+_error_sum.register_autograd(_scaled_slope, setup_context=_keep_slope)
 
 
 @dataclass(frozen=True)
@@ -415,8 +476,9 @@ def _softmax_slope(slope: Tensor, probabilities: Tensor, out: Tensor) -> Tensor:
     return torch._softmax_backward_data(slope, probabilities, -1, slope.dtype, grad_input=out)
 
 
-def _symlog(x: Tensor, out: Tensor) -> Tensor:
-    return torch.abs(x, out=out).log1p_().copysign_(x)
+def _symlog(x: Tensor, out: Tensor, sign: Tensor) -> Tensor:
+    """Into ``out``; a product with the sign takes less time than ``copysign``."""
+    return torch.abs(x, out=out).log1p_().mul_(torch.sign(x, out=sign))
 
 
 def _kernels() -> Any:
@@ -499,10 +561,15 @@ def _fold(info: Any, dims: Sequence[int | None], tensors: Tensors) -> list[Tenso
 
 
 def _fresh(reduction: Reduction, like: Tensor, trailing: int) -> Tensor:
-    """Memory for a gradient, in the order of ``like`` if its kernel can write and its rows can be counted there."""
+    """Memory for a gradient."""
+    return pages.advise_huge_pages(_laid_out(reduction, like, trailing))
+
+
+def _laid_out(reduction: Reduction, like: Tensor, trailing: int) -> Tensor:
+    """An empty tensor in the order of ``like`` if the kernel can write and its rows can be counted there."""
     if reduction.any_layout and _viewable(out := torch.empty_like(like), trailing):
-        return advise_huge_pages(out)
-    return advise_huge_pages(like.new_empty(like.shape))
+        return out
+    return like.new_empty(like.shape)
 
 
 def _blocks(

@@ -23,7 +23,7 @@ def value(reduction: Reduction, operands: Tensors) -> Tensor:
     first, *rest = (x.contiguous() for x in operands)
     lead = first.shape[: first.ndim - reduction.trailing()[0]]
     if isinstance(reduction, ErrorSum):
-        out: Tensor = error_value(first.reshape(math.prod(lead), -1), rest[0], *_flags(reduction))
+        out: Tensor = error_value(first.reshape(math.prod(lead), -1), rest[0], *reduction.options()[1:])
         return out.reshape(lead)
     if isinstance(reduction, Divergence):
         each: Tensor = divergence_value(first, rest[0], reduction.mix)
@@ -37,7 +37,8 @@ def slopes(reduction: Reduction, wanted: tuple[int, ...], scales: Tensors, opera
     first, *rest = (x.contiguous() for x in operands)
     if isinstance(reduction, ErrorSum):
         lead = first.shape[: first.ndim - reduction.dims]
-        slope = error_slope(first.reshape(math.prod(lead), -1), rest[0], scales[0].contiguous(), *_flags(reduction))
+        options = reduction.options()[1:]
+        slope = error_slope(first.reshape(math.prod(lead), -1), rest[0], scales[0].contiguous(), *options)
         return (slope.reshape(first.shape),)
     if isinstance(reduction, Divergence):
         if reduction.dims == 2:
@@ -45,10 +46,6 @@ def slopes(reduction: Reduction, wanted: tuple[int, ...], scales: Tensors, opera
         both = divergence_slopes(first, rest[0], *[scale.contiguous() for scale in scales], reduction.mix)
         return tuple(both[i] for i in wanted)
     return (two_hot_slope(first, *rest, scales[0].contiguous()),)
-
-
-def _flags(reduction: ErrorSum) -> tuple[bool, bool, bool]:
-    return reduction.absolute, reduction.symlog_prediction, reduction.symlog_target
 
 
 def _launch(kernel: Any) -> Any:

@@ -8,15 +8,17 @@ from functools import partial
 import pytest
 import torch
 import torch.utils.checkpoint
-from conftest import take_path
+from conftest import REDUCTIONS, take_path
+from functorch.compile import make_boxed_func
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.backends.common import aot_autograd
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rlloss import categorical_kl_terms, dreamer_v3_model_terms, fused, symexp_bins, two_hot_cross_entropy
+from rlloss import categorical_kl_terms, dreamer_v3_model_terms, fused, pages, symexp_bins, two_hot_cross_entropy
 from rlloss.categorical import _kl_pair
 from rlloss.dreamer_v3 import _error_sum
 from rlloss.two_hot import _cross_entropy, neighbours
@@ -76,11 +78,16 @@ def weighted(function, *weights):
     return lambda *live: sum((w * value).sum() for w, value in zip(weights, function(*live), strict=False))
 
 
+def set_block(monkeypatch, elements):
+    for reduction in REDUCTIONS:
+        monkeypatch.setattr(reduction, "block", elements)
+
+
 @pytest.fixture
 def fast(monkeypatch):
     """Every size takes the fused path, in blocks of a few rows."""
     take_path(monkeypatch, "fused")
-    monkeypatch.setattr(fused.Reduction, "block", 30)
+    set_block(monkeypatch, 30)
 
 
 @contextlib.contextmanager
@@ -159,7 +166,7 @@ def test_derivatives_against_finite_differences(name):
 @every_case
 @pytest.mark.usefixtures("fast")
 def test_members_of_an_ensemble_are_rows_of_one_pass(name, monkeypatch):
-    monkeypatch.setattr(fused.Reduction, "block", 2**18)
+    set_block(monkeypatch, 2**18)
     reduction, operands = CASES[name]
     operands = operands()
     live, constants = operands[: reduction.live], operands[reduction.live :]
@@ -234,7 +241,7 @@ def test_any_shape_layout_and_dtype(kind, data):
     function, formula = both(reduction, constants)
     with pytest.MonkeyPatch.context() as patch:
         take_path(patch, "fused")
-        patch.setattr(fused.Reduction, "block", data.draw(st.sampled_from([1, 8, 50, 2**18])))
+        set_block(patch, data.draw(st.sampled_from([1, 8, 50, 2**18])))
         got = *function(*live), *gradients(function, live, weights)
     assert_close(got, (*formula(*live), *gradients(formula, live, weights)), **TOLERANCE[dtype])
 
@@ -421,7 +428,7 @@ class Memory(TorchDispatchMode):
 )
 def test_nothing_of_full_size_but_the_gradient_exists(monkeypatch, reduction, operands):
     take_path(monkeypatch, "fused")
-    monkeypatch.setattr(fused.Reduction, "block", 2**11)
+    set_block(monkeypatch, 2**11)
     operands = operands()
     leaves = [x.requires_grad_() for x in operands[: reduction.live]]
     whole = leaves[0].untyped_storage().nbytes()
@@ -434,7 +441,7 @@ def test_nothing_of_full_size_but_the_gradient_exists(monkeypatch, reduction, op
 
 @pytest.mark.usefixtures("fast")
 def test_shared_work_is_done_once_where_a_backward_pass_follows(monkeypatch):
-    monkeypatch.setattr(fused.Reduction, "block", 2**18)
+    set_block(monkeypatch, 2**18)
     prediction, target = normal(3, 4)
 
     def prepared(function, *args):
@@ -502,3 +509,90 @@ def test_public_functions_are_the_same_on_both_paths(monkeypatch):
         post, prior = logits.unflatten(-1, (51, 5)), logits.flip(0).unflatten(-1, (51, 5))
         results.append((two_hot_cross_entropy(logits, target, bins), *categorical_kl_terms(post, prior)))
     assert_close(*results)
+
+
+# ---- as one operation of a compiled graph ----------------------------------------------------------------------------
+
+
+def compiled(function, dynamic=None):
+    """The function, compiled, and the names of all operations of the graphs that it becomes."""
+    names = []
+
+    def note(graph, _):
+        names.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=note, bw_compiler=note)
+    return torch.compile(function, fullgraph=True, backend=backend, dynamic=dynamic), names
+
+
+def summed(*operands, **options):
+    return fused.reduce(error_sum(1, **options), *operands)[0]
+
+
+class Summed(torch.nn.Module):
+    def forward(self, *operands):
+        return summed(*operands)
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """Four kilobytes are large."""
+    monkeypatch.setattr(pages, "SMALLEST", 4096)
+    monkeypatch.setattr(pages, "_madvise", lambda: None)
+    torch._dynamo.reset()
+
+
+OPERATION = "rlloss.error_sum.default"
+
+
+@pytest.mark.parametrize("options", [{}, {"absolute": True}, {"symlog_prediction": True, "symlog_target": True}])
+@pytest.mark.parametrize("target", ["float32", "uint8"])
+@pytest.mark.parametrize("layout", ["as drawn", "transposed", "expanded"])
+def test_compiled_graphs_take_large_errors_as_one_operation(options, target, layout, large):
+    prediction = torch.randn(8, 30, 10)
+    prediction = {"transposed": prediction.mT, "expanded": prediction[:1].expand(8, 30, 10)}.get(layout, prediction)
+    seen = (255 * torch.rand(prediction.shape)).to(torch.uint8) if target == "uint8" else torch.rand(prediction.shape)
+    scale = torch.rand(prediction.shape[:-1])
+    function, names = compiled(partial(summed, **options))
+    results = []
+    for run in (function, lambda *x: error_sum(1, **options).formula(*x)[0]):
+        leaf = prediction.detach().requires_grad_()
+        value = run(leaf, seen)
+        results.append((value, *torch.autograd.grad(value, leaf, scale)))
+    assert_close(results[0], results[1])
+    assert names.count(OPERATION) == 1
+
+
+def test_other_compiled_graphs_take_the_formula(large):
+    prediction, target = torch.randn(8, 30, 10, requires_grad=True), torch.rand(8, 30, 10)
+    cases = {
+        "no gradient": (summed, (prediction.detach(), target)),
+        "small": (summed, (prediction[:1].detach().requires_grad_(), target[:1])),
+        "half precision": (summed, (prediction.detach().bfloat16().requires_grad_(), target)),
+        "grad": (grad(lambda x, y: summed(x, y).sum()), (prediction, target)),
+        "vmap": (vmap(summed), (prediction, target)),
+        "jvp": (lambda x, y: jvp(lambda z: summed(z, y), (x,), (x,)), (prediction, target)),
+    }
+    for name, (function, args) in cases.items():
+        run, names = compiled(function)
+        assert_close(run(*args), function(*args), msg=name)
+        assert names, name
+        assert OPERATION not in names, name
+    exported = torch.export.export(Summed(), (prediction, target))
+    assert OPERATION not in {str(node.target) for node in exported.graph.nodes}
+
+
+def test_one_operation_serves_all_sizes(large):
+    function, names = compiled(summed, dynamic=True)
+    for rows in (200, 300, 301):
+        leaf, target = torch.randn(rows, 10, requires_grad=True), torch.rand(rows, 10)
+        function(leaf, target).sum().backward()
+        assert_close(leaf.grad, 2 * (leaf - target).detach())
+    assert names.count(OPERATION) == 1
+
+
+def test_the_operation_is_well_made():
+    for prediction in (torch.randn(3, 4, 5), torch.randn(3, 5, 4).mT):
+        args = (prediction.requires_grad_(), torch.rand(3, 4, 5), 1, False, True, True)
+        torch.library.opcheck(fused._error_sum, args)
