@@ -8,9 +8,6 @@ Large gradients lie in huge pages where the kernel has them (pages.py).
 where                                          path      why
 =============================================  ========  ============================================================
 under ``torch.compile`` and ``torch.export``   plain     the compiler fuses the formula itself, and better
-the same, but not exported and outside of      blocked   the compiler's code cannot ask for huge pages: the pass is one
-transforms: errors of float32 or float64 on a  once      operation of its graph, and backward, which scales, is fused
-CPU whose gradient is large                              with what follows
 CPU, one float dtype (float32 or float64),     blocked   some rows at a time go through the whole formula while they
 ``smallest`` elements or more                            are in the cache; gradients in a second pass, in backward
 the same, a backward pass to follow, outside   blocked   value and gradients in one pass, which reads the operands
@@ -86,9 +83,6 @@ class Reduction:
 
 def reduce(reduction: Reduction, *operands: Tensor) -> Tensors:
     """``reduction.formula(*operands)``, by the fastest path there is."""
-    if isinstance(reduction, ErrorSum) and _is_one_operation(reduction, operands):
-        prediction, target = operands
-        return (_error_sum(prediction, target, *reduction.options())[0],)
     if not has_fast_path(reduction, operands):
         return reduction.formula(*operands)
     values: Tensors = _apply(_Both if _backward_follows(reduction, operands) else _Value, reduction, *operands)
@@ -110,18 +104,6 @@ def has_fast_path(reduction: Reduction, operands: Tensors) -> bool:
     return devices == {"cpu"} and dtypes <= {torch.float32, torch.float64}
 
 
-def _is_one_operation(reduction: "ErrorSum", operands: Tensors) -> bool:
-    """Whether a compiled graph takes the pass as it is, by the same table."""
-    prediction, target = operands
-    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
-        return False
-    if prediction.device.type != "cpu" or prediction.numel() * prediction.element_size() < pages.SMALLEST:
-        return False
-    known = prediction.dtype in (torch.float32, torch.float64) and target.dtype in (prediction.dtype, torch.uint8)
-    wanted = torch.is_grad_enabled() and prediction.requires_grad
-    return known and wanted and not in_transform()
-
-
 def _backward_follows(reduction: Reduction, operands: Tensors) -> bool:
     """Whether gradients computed now will most likely be asked for, and by plain autograd."""
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in operands[: reduction.live])
@@ -135,7 +117,6 @@ def cannot_be_saved(operands: Tensors) -> bool:
     return torch.is_grad_enabled() and any(x.is_inference() for x in operands)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def in_transform() -> bool:
     """Whether anything but plain autograd looks on: a transform of torch.func, or forward-mode derivatives."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
@@ -350,39 +331,6 @@ class ErrorSum(Reduction):
             return _symlog(target, out, sign) if self.symlog_target else target
         out.copy_(target).div_(255)
         return out.log1p_() if self.symlog_target else out
-
-
-@torch.library.custom_op("rlloss::error_sum", mutates_args=())
-def _error_sum(
-    prediction: Tensor, target: Tensor, dims: int, absolute: bool, symlog_prediction: bool, symlog_target: bool
-) -> tuple[Tensor, Tensor]:
-    """The value of an :class:`ErrorSum`, and its slope but for the factor."""
-    reduction = ErrorSum(_of_eager_code, dims, absolute, symlog_prediction, symlog_target)
-    value, (slope,) = _value_and_slopes(reduction, (0,), (prediction, target))
-    return value, slope
-
-
-@_error_sum.register_fake
-def _(prediction: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    reduction = ErrorSum(_of_eager_code, *options)
-    return prediction.new_empty(_leading(reduction, (prediction,))), _laid_out(reduction, prediction, reduction.dims)
-
-
-def _keep_slope(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    ctx.save_for_backward(output[1])
-    ctx.reduction = ErrorSum(_of_eager_code, *inputs[2:])
-
-
-def _scaled_slope(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Any, ...]:
-    (slope,) = ctx.saved_tensors
-    return checks.align(ctx.reduction.factors()[0] * scale, slope) * slope, *[None] * 5
-
-
-def _of_eager_code(*operands: Tensor) -> Tensors:
-    raise AssertionError("A pass that a compiled graph takes as it is has no formula.")
-
-
-_error_sum.register_autograd(_scaled_slope, setup_context=_keep_slope)
 
 
 @dataclass(frozen=True)

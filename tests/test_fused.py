@@ -9,16 +9,14 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from conftest import REDUCTIONS, take_path
-from functorch.compile import make_boxed_func
 from hypothesis import given
 from hypothesis import strategies as st
-from torch._dynamo.backends.common import aot_autograd
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rlloss import categorical_kl_terms, dreamer_v3_model_terms, fused, pages, symexp_bins, two_hot_cross_entropy
+from rlloss import categorical_kl_terms, dreamer_v3_model_terms, fused, symexp_bins, two_hot_cross_entropy
 from rlloss.categorical import _kl_pair
 from rlloss.dreamer_v3 import _error_sum
 from rlloss.two_hot import _cross_entropy, neighbours
@@ -509,90 +507,3 @@ def test_public_functions_are_the_same_on_both_paths(monkeypatch):
         post, prior = logits.unflatten(-1, (51, 5)), logits.flip(0).unflatten(-1, (51, 5))
         results.append((two_hot_cross_entropy(logits, target, bins), *categorical_kl_terms(post, prior)))
     assert_close(*results)
-
-
-# ---- as one operation of a compiled graph ----------------------------------------------------------------------------
-
-
-def compiled(function, dynamic=None):
-    """The function, compiled, and the names of all operations of the graphs that it becomes."""
-    names = []
-
-    def note(graph, _):
-        names.extend(str(node.target) for node in graph.graph.nodes)
-        return make_boxed_func(graph.forward)
-
-    backend = aot_autograd(fw_compiler=note, bw_compiler=note)
-    return torch.compile(function, fullgraph=True, backend=backend, dynamic=dynamic), names
-
-
-def summed(*operands, **options):
-    return fused.reduce(error_sum(1, **options), *operands)[0]
-
-
-class Summed(torch.nn.Module):
-    def forward(self, *operands):
-        return summed(*operands)
-
-
-@pytest.fixture
-def large(monkeypatch):
-    """Four kilobytes are large."""
-    monkeypatch.setattr(pages, "SMALLEST", 4096)
-    monkeypatch.setattr(pages, "_madvise", lambda: None)
-    torch._dynamo.reset()
-
-
-OPERATION = "rlloss.error_sum.default"
-
-
-@pytest.mark.parametrize("options", [{}, {"absolute": True}, {"symlog_prediction": True, "symlog_target": True}])
-@pytest.mark.parametrize("target", ["float32", "uint8"])
-@pytest.mark.parametrize("layout", ["as drawn", "transposed", "expanded"])
-def test_compiled_graphs_take_large_errors_as_one_operation(options, target, layout, large):
-    prediction = torch.randn(8, 30, 10)
-    prediction = {"transposed": prediction.mT, "expanded": prediction[:1].expand(8, 30, 10)}.get(layout, prediction)
-    seen = (255 * torch.rand(prediction.shape)).to(torch.uint8) if target == "uint8" else torch.rand(prediction.shape)
-    scale = torch.rand(prediction.shape[:-1])
-    function, names = compiled(partial(summed, **options))
-    results = []
-    for run in (function, lambda *x: error_sum(1, **options).formula(*x)[0]):
-        leaf = prediction.detach().requires_grad_()
-        value = run(leaf, seen)
-        results.append((value, *torch.autograd.grad(value, leaf, scale)))
-    assert_close(results[0], results[1])
-    assert names.count(OPERATION) == 1
-
-
-def test_other_compiled_graphs_take_the_formula(large):
-    prediction, target = torch.randn(8, 30, 10, requires_grad=True), torch.rand(8, 30, 10)
-    cases = {
-        "no gradient": (summed, (prediction.detach(), target)),
-        "small": (summed, (prediction[:1].detach().requires_grad_(), target[:1])),
-        "half precision": (summed, (prediction.detach().bfloat16().requires_grad_(), target)),
-        "grad": (grad(lambda x, y: summed(x, y).sum()), (prediction, target)),
-        "vmap": (vmap(summed), (prediction, target)),
-        "jvp": (lambda x, y: jvp(lambda z: summed(z, y), (x,), (x,)), (prediction, target)),
-    }
-    for name, (function, args) in cases.items():
-        run, names = compiled(function)
-        assert_close(run(*args), function(*args), msg=name)
-        assert names, name
-        assert OPERATION not in names, name
-    exported = torch.export.export(Summed(), (prediction, target))
-    assert OPERATION not in {str(node.target) for node in exported.graph.nodes}
-
-
-def test_one_operation_serves_all_sizes(large):
-    function, names = compiled(summed, dynamic=True)
-    for rows in (200, 300, 301):
-        leaf, target = torch.randn(rows, 10, requires_grad=True), torch.rand(rows, 10)
-        function(leaf, target).sum().backward()
-        assert_close(leaf.grad, 2 * (leaf - target).detach())
-    assert names.count(OPERATION) == 1
-
-
-def test_the_operation_is_well_made():
-    for prediction in (torch.randn(3, 4, 5), torch.randn(3, 5, 4).mT):
-        args = (prediction.requires_grad_(), torch.rand(3, 4, 5), 1, False, True, True)
-        torch.library.opcheck(fused._error_sum, args)

@@ -85,7 +85,7 @@ PUBLIC = {
 RANDOM = ["bernoulli", "bits", "choice", "fold_in", "gumbel", "key", "normal", "permutation", "split", "uniform"]
 
 #: Files that define nothing public.
-INTERNAL = ["__init__", "checks", "fused", "fused_triton", "recurrence", "types"]
+INTERNAL = ["__init__", "checks", "fused", "fused_triton", "pages", "recurrence", "types"]
 
 #: Parameters as in the contract: names, order, what is keyword-only, defaults.
 SIGNATURES = {

@@ -26,6 +26,7 @@ RESULTS = Path(__file__).parent / "results"
 def main(arguments: Sequence[str] | None = None, suite: str = "") -> None:
     """Measure the suites that were asked for, one after another."""
     options = parse(arguments, suite)
+    torch.set_num_threads(options.threads)
     rows = []
     for name in options.suites:
         rows += run(name, options)
