@@ -286,9 +286,9 @@ class ErrorSum(Reduction):
     integers = (torch.uint8,)
     any_layout = True
 
-    def options(self) -> tuple[int, bool, bool, bool]:
-        """All but the formula."""
-        return self.dims, self.absolute, self.symlog_prediction, self.symlog_target
+    def flags(self) -> tuple[bool, bool, bool]:
+        """What a kernel is chosen by."""
+        return self.absolute, self.symlog_prediction, self.symlog_target
 
     def trailing(self) -> tuple[int, ...]:
         """As for every :class:`Reduction`."""

@@ -23,7 +23,7 @@ def value(reduction: Reduction, operands: Tensors) -> Tensor:
     first, *rest = (x.contiguous() for x in operands)
     lead = first.shape[: first.ndim - reduction.trailing()[0]]
     if isinstance(reduction, ErrorSum):
-        out: Tensor = error_value(first.reshape(math.prod(lead), -1), rest[0], *reduction.options()[1:])
+        out: Tensor = error_value(first.reshape(math.prod(lead), -1), rest[0], *reduction.flags())
         return out.reshape(lead)
     if isinstance(reduction, Divergence):
         each: Tensor = divergence_value(first, rest[0], reduction.mix)
@@ -37,8 +37,8 @@ def slopes(reduction: Reduction, wanted: tuple[int, ...], scales: Tensors, opera
     first, *rest = (x.contiguous() for x in operands)
     if isinstance(reduction, ErrorSum):
         lead = first.shape[: first.ndim - reduction.dims]
-        options = reduction.options()[1:]
-        slope = error_slope(first.reshape(math.prod(lead), -1), rest[0], scales[0].contiguous(), *options)
+        flags, scale = reduction.flags(), scales[0].contiguous()
+        slope = error_slope(first.reshape(math.prod(lead), -1), rest[0], scale, *flags)
         return (slope.reshape(first.shape),)
     if isinstance(reduction, Divergence):
         if reduction.dims == 2:

@@ -232,6 +232,16 @@ def test_a_suite_is_measured_printed_and_written(tmp_path: Path, capsys: pytest.
         command.main(["--quick", "--only", "returns", "--contenders", "nobody"])
 
 
+def test_a_case_alone_is_the_one_of_that_number() -> None:
+    arguments = ["--contenders", "limit", "--repetitions", "2", "--threads", "1"]
+    options = command.parse(["--only", "returns", *arguments])
+    case = list(command.chosen("returns", options))[1]
+    (row,) = command.alone("returns", 1, options)
+    assert (row.case, row.size, row.contender) == (case.name, case.size, "limit: a copy")
+    assert row.median_ms > 0
+    assert not row.note
+
+
 @pytest.mark.parametrize(("quick", "agents"), [(False, ["1M agent", "12M agent"]), (True, ["1M agent"])])
 def test_updates_with_cuda_are_those_that_the_table_wants(
     quick: bool, agents: list[str], monkeypatch: pytest.MonkeyPatch

@@ -38,18 +38,24 @@ def test_small_memory_and_other_devices_are_left_alone(advised):
     assert not advised
 
 
-def test_nothing_happens_where_there_are_no_such_pages(monkeypatch):
-    for target, name, value in ((sys, "platform", "win32"), (mmap, "MADV_HUGEPAGE", None)):
-        with monkeypatch.context() as patch:
-            pages._madvise.cache_clear()
-            if value is None:
-                patch.delattr(target, name, raising=False)
-            else:
-                patch.setattr(target, name, value)
-            memory = torch.empty(SMALLEST, dtype=torch.uint8)
-            assert advise_huge_pages(memory) is memory
-            assert pages._madvise() is None
+@pytest.fixture
+def asked_anew():
+    """Whether there are such pages is found out again, in the test and after it."""
     pages._madvise.cache_clear()
+    yield
+    pages._madvise.cache_clear()
+
+
+@pytest.mark.usefixtures("asked_anew")
+@pytest.mark.parametrize("without", ["Linux", "the advice"])
+def test_nothing_happens_where_there_are_no_such_pages(without, monkeypatch):
+    if without == "Linux":
+        monkeypatch.setattr(sys, "platform", "win32")
+    else:
+        monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    memory = torch.empty(SMALLEST, dtype=torch.uint8)
+    assert advise_huge_pages(memory) is memory
+    assert pages._madvise() is None
 
 
 def gradient(numbers):

@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent / "results"
 def main(arguments: Sequence[str] | None = None, suite: str = "") -> None:
     """Measure the suites that were asked for, one after another."""
     options = parse(arguments, suite)
-    torch.set_num_threads(options.threads)
+    prepare(options)
     rows = []
     for name in options.suites:
         rows += run(name, options)
@@ -91,8 +91,8 @@ def chosen(name: str, options: argparse.Namespace) -> Iterator[Case]:
             yield case._replace(contenders=contenders)
 
 
-def rows_of(name: str, index: int, options: argparse.Namespace) -> list[Row]:
-    """One case of a suite, measured in this process."""
+def prepare(options: argparse.Namespace) -> None:
+    """Settings of a whole process."""
     torch.set_num_threads(options.threads)
     # A compiler that breaks the graph logs pages of it; the count is in the table.
     torch._logging.set_logs(dynamo=logging.ERROR)
@@ -100,8 +100,11 @@ def rows_of(name: str, index: int, options: argparse.Namespace) -> list[Row]:
     # What compiling takes is measured, not what it takes when it was done before.
     torch._inductor.config.force_disable_caches = not options.quick
     warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
+
+
+def here(name: str, case: Case, options: argparse.Namespace) -> list[Row]:
+    """One case of a suite, measured in this process."""
     clock = time.process_time if options.busy else time.perf_counter
-    case = next(itertools.islice(chosen(name, options), index, None))
     return measure(name, case, Settings(options.device, options.repetitions, options.limit, clock))
 
 
@@ -112,7 +115,13 @@ def alone(name: str, index: int, options: argparse.Namespace) -> list[Row]:
     is often most of its time.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(rows_of, name, index, options).result()
+        return process.submit(_there, name, index, options).result()
+
+
+def _there(name: str, index: int, options: argparse.Namespace) -> list[Row]:
+    # By its number, for what a case does cannot be sent to another process.
+    prepare(options)
+    return here(name, next(itertools.islice(chosen(name, options), index, None)), options)
 
 
 def run(name: str, options: argparse.Namespace) -> list[Row]:
@@ -121,7 +130,7 @@ def run(name: str, options: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     for index, case in enumerate(chosen(name, options)):
         print(f"{name}: {case.name}, {case.size}", flush=True)
-        rows += (rows_of if options.quick else alone)(name, index, options)
+        rows += here(name, case, options) if options.quick else alone(name, index, options)
     if not rows:
         raise SystemExit(f"benchmarks.speed: no contender of {name} has {options.contenders} in its name.")
     conditions = (
