@@ -136,17 +136,7 @@ def dreamer_v3_model_terms(outputs: Mapping[str, Any], batch: Batch, **knobs: Un
     """
     k = model_knobs(knobs)
     _check_keys(batch, k)
-    posterior = checks.floating(FUNCTION, "posterior_logits", _output(outputs, "posterior_logits"))
-    prior = checks.floating(FUNCTION, "prior_logits", _output(outputs, "prior_logits"))
-    checks.rank_at_least(FUNCTION, "posterior_logits", posterior, ("groups", "classes"))
-    checks.same_shape(FUNCTION, "prior_logits", prior, "posterior_logits", posterior.shape)
-    steps = _Steps(tuple(posterior.shape[:-2]), _mask(batch, tuple(posterior.shape[:-2])))
-    terms = _kl_terms(steps.keep(posterior), steps.keep(prior), k)
-    terms["reco"] = _reconstruction_term(outputs, batch, steps, k)
-    terms["reward"] = _reward_term(outputs, batch, steps, k)
-    if _wanted(k["lambda_continue"]):
-        terms["continue"] = _continue_term(outputs, batch, steps, k)
-    return {name: steps.keep(term) for name, term in terms.items()}
+    return _model_terms(outputs, batch, k)
 
 
 def dreamer_v3_model_losses(
@@ -179,13 +169,8 @@ def dreamer_v3_model_losses(
         (tensor(0.5000), tensor(2.4023))
     """
     k = model_knobs(knobs)
-    terms = dreamer_v3_model_terms(outputs, batch, **knobs)
-    mask = batch["mask"] if checks.has(batch, "mask") else None
-    unweighted = {name: _mean(term, mask) for name, term in terms.items()}
-    # Tensors, for where a loss has a number as a factor, jvp(grad) of a function that casts it fails in the backward.
-    weights = {name: checks.scalar_like(loss, _weight(name, k)) for name, loss in unweighted.items()}
-    weighted = {name: weights[name] * loss for name, loss in unweighted.items()}
-    return weighted, unweighted, terms
+    _check_keys(batch, k)
+    return _model_losses(outputs, batch, k)
 
 
 def dreamer_v3_model_loss(
@@ -229,15 +214,42 @@ def dreamer_v3_model_loss(
         (tensor(6.5413), tensor(1.))
     """
     checks.function_of(FUNCTION, "world_model", world_model, "(params, batch) -> outputs")
-    _check_keys(batch, model_knobs(knobs))
+    k = model_knobs(knobs)
+    _check_keys(batch, k)
     outputs = world_model(params, _silence(batch))
-    weighted, unweighted, terms = dreamer_v3_model_losses(outputs, batch, **knobs)
+    weighted, unweighted, terms = _model_losses(outputs, batch, k)
     aux = {"losses": tree_map(torch.detach, unweighted), "terms": tree_map(torch.detach, terms), "outputs": outputs}
     return sum(weighted.values(), start=torch.zeros_like(weighted["reco"])), aux
 
 
 FUNCTION = "dreamer_v3_model_loss"
 WHY_CONTINUE = "lambda_continue > 0 asks for it; set lambda_continue=0 to train without."
+
+
+def _model_losses(
+    outputs: Mapping[str, Any], batch: Batch, k: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    terms = _model_terms(outputs, batch, k)
+    mask = batch["mask"] if checks.has(batch, "mask") else None
+    unweighted = {name: _mean(term, mask) for name, term in terms.items()}
+    # Tensors, for where a loss has a number as a factor, jvp(grad) of a function that casts it fails in the backward.
+    weights = {name: checks.scalar_like(loss, _weight(name, k)) for name, loss in unweighted.items()}
+    weighted = {name: weights[name] * loss for name, loss in unweighted.items()}
+    return weighted, unweighted, terms
+
+
+def _model_terms(outputs: Mapping[str, Any], batch: Batch, k: Mapping[str, Any]) -> dict[str, Tensor]:
+    posterior = checks.floating(FUNCTION, "posterior_logits", _output(outputs, "posterior_logits"))
+    prior = checks.floating(FUNCTION, "prior_logits", _output(outputs, "prior_logits"))
+    checks.rank_at_least(FUNCTION, "posterior_logits", posterior, ("groups", "classes"))
+    checks.same_shape(FUNCTION, "prior_logits", prior, "posterior_logits", posterior.shape)
+    steps = _Steps(tuple(posterior.shape[:-2]), _mask(batch, tuple(posterior.shape[:-2])))
+    terms = _kl_terms(steps.keep(posterior), steps.keep(prior), k)
+    terms["reco"] = _reconstruction_term(outputs, batch, steps, k)
+    terms["reward"] = _reward_term(outputs, batch, steps, k)
+    if _wanted(k["lambda_continue"]):
+        terms["continue"] = _continue_term(outputs, batch, steps, k)
+    return {name: steps.keep(term) for name, term in terms.items()}
 
 
 class _Steps(NamedTuple):

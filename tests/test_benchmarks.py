@@ -32,8 +32,11 @@ def row(contender: str, median: float, case: str = "one", size: str = "B 1", sca
 
 def test_contenders_take_turns() -> None:
     order = []
-    timings = compare({name: lambda name=name: order.append(name) for name in "abc"}, repetitions=3, warmup=1)
-    assert "".join(order) == "abc" * 4
+    timings = compare({name: lambda name=name: order.append(name) for name in "abc"}, repetitions=19, warmup=1)
+    rounds = ["".join(order[i : i + 3]) for i in range(0, 60, 3)]
+    assert {"".join(sorted(turn)) for turn in rounds} == {"abc"}
+    assert len(order) == 60
+    assert len(set(rounds)) == 6
     assert all(timing.low <= timing.median <= timing.high for timing in timings.values())
 
 

@@ -1,6 +1,7 @@
 """Honest timing: contenders take turns, so that a drifting machine hits all of them; medians and quartiles."""
 
 import platform
+import random
 import re
 import signal
 import statistics
@@ -164,15 +165,18 @@ def compare(
     warmup: int = 3,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Time every contender `repetitions` times, A B C A B C ..., after `warmup` rounds that do not count.
+    """Time every contender `repetitions` times, once a round, after `warmup` rounds that do not count.
+
+    The order is drawn anew for each round: what one leaves in caches and allocators meets all others alike.
 
     With one thread, `time.process_time` as the clock measures on a busy machine what others cannot disturb much.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
+    draws, names = random.Random(0), list(contenders)
     for repetition in tqdm(range(-warmup, repetitions), unit="round", leave=False, disable=None):
-        for name, contender in contenders.items():
+        for name in draws.sample(names, len(names)):
             start = clock()
-            contender()
+            contenders[name]()
             synchronize()
             elapsed = clock() - start
             if repetition >= 0:
