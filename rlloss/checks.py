@@ -50,7 +50,7 @@ def floating(function: str, argument: str, x: object, guess: str = "") -> Tensor
     x = tensor(function, argument, x)
     if not x.is_floating_point():
         raise TypeError(text(function, argument, "a floating-point tensor", describe(x), guess))
-    return x.to(compute_dtype(x))
+    return _computed(x)
 
 
 def real(function: str, argument: str, x: object, guess: str = "") -> Tensor:
@@ -58,7 +58,7 @@ def real(function: str, argument: str, x: object, guess: str = "") -> Tensor:
     x = tensor(function, argument, x)
     if x.dtype == torch.bool or x.is_complex():
         raise TypeError(text(function, argument, "a tensor of numbers", describe(x), guess))
-    return x.to(compute_dtype(x))
+    return _computed(x)
 
 
 def boolean(function: str, argument: str, x: object, guess: str = "") -> Tensor:
@@ -67,6 +67,11 @@ def boolean(function: str, argument: str, x: object, guess: str = "") -> Tensor:
     if x.dtype != torch.bool:
         raise TypeError(text(function, argument, "a bool tensor", describe(x), guess))
     return x
+
+
+def _computed(x: Tensor) -> Tensor:
+    # A conversion to the dtype that a tensor has already takes as long as the rest of a check.
+    return x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -125,7 +130,7 @@ def within(function: str, argument: str, value: object, low: float, high: float 
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(text(function, argument, "a number or a 0-d tensor", describe(value)))
     # Numpy compares in the precision of its number, in which LARGEST may be infinite.
-    number, low, high = (x if isinstance(x, (int, float)) else float(x) for x in (value, low, high))
+    number = value if isinstance(value, (int, float)) else float(value)
     if not max(low, -LARGEST) <= number <= high:
         raise ValueError(text(function, argument, _range(value, low, high), repr(value)))
 
@@ -205,7 +210,9 @@ def floating_dtype(function: str, dtype: torch.dtype) -> None:
 def scalar_like(x: Tensor, value: Scalar) -> Tensor:
     """``value`` as a 0-d tensor with the dtype and device of ``x``."""
     # Multiplied, not filled in: a compiled graph that fills in a Python number is compiled again for each new one.
-    return (x.new_ones(()) * value).to(x.dtype)
+    if isinstance(value, Tensor) or torch.compiler.is_compiling():
+        return (x.new_ones(()) * value).to(x.dtype)
+    return x.new_full((), value)
 
 
 def align(mask: Tensor, x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@ r"""DreamerV3's losses, of the world model and of the behaviour: terms on tensor
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
 
 import torch
@@ -218,11 +218,12 @@ def dreamer_v3_model_loss(
     _check_keys(batch, k)
     outputs = world_model(params, _silence(batch))
     weighted, unweighted, terms = _model_losses(outputs, batch, k)
-    aux = {"losses": tree_map(torch.detach, unweighted), "terms": tree_map(torch.detach, terms), "outputs": outputs}
-    return sum(weighted.values(), start=torch.zeros_like(weighted["reco"])), aux
+    aux = {"losses": _detached(unweighted), "terms": _detached(terms), "outputs": outputs}
+    return reduce(torch.add, weighted.values()), aux
 
 
 FUNCTION = "dreamer_v3_model_loss"
+SHARES = ("kl_alpha", "unimix", "continue_target_scale")  # knobs in [0, 1]
 WHY_CONTINUE = "lambda_continue > 0 asks for it; set lambda_continue=0 to train without."
 
 
@@ -236,6 +237,10 @@ def _model_losses(
     weights = {name: checks.scalar_like(loss, _weight(name, k)) for name, loss in unweighted.items()}
     weighted = {name: weights[name] * loss for name, loss in unweighted.items()}
     return weighted, unweighted, terms
+
+
+def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.detach() for name, x in tensors.items()}
 
 
 def _model_terms(outputs: Mapping[str, Any], batch: Batch, k: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -426,11 +431,11 @@ def model_knobs(knobs: Mapping[str, Any]) -> Mapping[str, Any]:
             guess = checks.did_you_mean(name, DREAMER_V3_DEFAULTS)
             wanted = f"one of {sorted(DREAMER_V3_DEFAULTS)}"
             raise TypeError(checks.text(FUNCTION, "each knob", wanted, repr(name), guess))
+        if name in SHARES:
+            checks.knob(FUNCTION, name, knobs[name], 0.0, 1.0)
+        elif name.startswith("lambda_") or name == "free_bits":
+            checks.knob(FUNCTION, name, knobs[name], 0.0)
     k = {**DREAMER_V3_DEFAULTS, **knobs}
-    for name in ("kl_alpha", "unimix", "continue_target_scale"):
-        checks.knob(FUNCTION, name, k[name], 0.0, 1.0)
-    for name in [name for name in k if name.startswith("lambda_")] + ["free_bits"]:
-        checks.knob(FUNCTION, name, k[name], 0.0)
     for name in ("reward_two_hot", "global_average"):
         if not isinstance(k[name], bool):
             raise TypeError(checks.text(FUNCTION, name, "True or False", checks.describe(k[name])))

@@ -32,7 +32,8 @@ def symlog(x: Tensor) -> Tensor:
         tensor([-0.6931,  0.0000,  0.6931])
     """
     x = checks.real("symlog", "x", x)
-    return torch.where(x == 0, x, torch.sign(x) * torch.log1p(torch.abs(x)))
+    sign = _sign(x)
+    return sign * torch.log1p(sign * x)
 
 
 def symexp(x: Tensor) -> Tensor:
@@ -59,4 +60,10 @@ def symexp(x: Tensor) -> Tensor:
         tensor([-1.0000e+03,  0.0000e+00,  1.0000e-08])
     """
     x = checks.real("symexp", "x", x)
-    return torch.where(x == 0, x, torch.sign(x) * torch.expm1(torch.abs(x)))
+    sign = _sign(x)
+    return sign * torch.expm1(sign * x)
+
+
+def _sign(x: Tensor) -> Tensor:
+    """1 or -1, a constant. That of 0 is not 0, for a product with it would have no gradient there."""
+    return torch.copysign(torch.ones_like(x), x.detach())

@@ -59,12 +59,16 @@ def symexp_bins(
     if max(-low, high) > largest:
         wanted = f"within {largest:.4g} of 0, so that bins are finite in {dtype}"
         raise ValueError(checks.text("symexp_bins", "low and high", wanted, f"{low} and {high}"))
-    steps = torch.arange(num_bins, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    computed = torch.promote_types(dtype, torch.float32)
     if low != -high:
+        steps = torch.arange(num_bins, dtype=computed, device=device)
         return symexp(low + (high - low) / (num_bins - 1) * steps).to(dtype)
     # Counted from the middle in whole numbers: 0 there is exact, which 1 - k * (1 / k) is not for every k.
-    half = symexp(high * ((2 * steps[: (num_bins + 1) // 2] - (num_bins - 1)) / (num_bins - 1))).to(dtype)
-    return torch.cat([half, -half[: num_bins // 2].flip(0)])
+    upper = torch.expm1(
+        high * (torch.arange(1 - num_bins % 2, num_bins, 2, dtype=computed, device=device) / (num_bins - 1))
+    )
+    upper = upper.to(dtype)
+    return torch.cat([-upper[num_bins % 2 :].flip(0), upper])
 
 
 def two_hot_encode(x: Tensor, bins: Tensor) -> Tensor:
