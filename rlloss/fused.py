@@ -8,6 +8,8 @@ Large gradients lie in huge pages where the kernel has them (pages.py).
 where                                          path      why
 =============================================  ========  ============================================================
 under ``torch.compile`` and ``torch.export``   plain     the compiler fuses the formula itself, and better
+squared errors of symlogs, there               traced    it would take the logarithms anew in backward: the slope is
+                                                         kept, which is the gradient but for a scale
 CPU, one float dtype (float32 or float64),     blocked   some rows at a time go through the whole formula while they
 ``smallest`` elements or more                            are in the cache; gradients in a second pass, in backward
 the same, a backward pass to follow, outside   blocked   value and gradients in one pass, which reads the operands
@@ -26,6 +28,7 @@ that counts is that of one sample. Derivatives beyond the first are those of the
 import functools
 import importlib.util
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -61,6 +64,10 @@ class Reduction:
         """How many dimensions of each operand are one row."""
         raise NotImplementedError
 
+    def traced(self, *operands: Tensor) -> Tensors:
+        """The formula as a compiler is to see it."""
+        return self.formula(*operands)
+
     def prepare(self, rows: Tensors, scratch: Tensors) -> None:
         """Write into ``scratch`` what value and gradients share.
 
@@ -83,6 +90,8 @@ class Reduction:
 
 def reduce(reduction: Reduction, *operands: Tensor) -> Tensors:
     """``reduction.formula(*operands)``, by the fastest path there is."""
+    if torch.compiler.is_compiling():
+        return reduction.traced(*operands)
     if not has_fast_path(reduction, operands):
         return reduction.formula(*operands)
     values: Tensors = _apply(_Both if _backward_follows(reduction, operands) else _Value, reduction, *operands)
@@ -91,7 +100,7 @@ def reduce(reduction: Reduction, *operands: Tensor) -> Tensors:
 
 def has_fast_path(reduction: Reduction, operands: Tensors) -> bool:
     """The table at the head of this file."""
-    if torch.compiler.is_compiling() or operands[0].numel() < max(reduction.smallest, 1):
+    if operands[0].numel() < max(reduction.smallest, 1):
         return False
     if cannot_be_saved(operands):
         return False
@@ -120,6 +129,22 @@ def cannot_be_saved(operands: Tensors) -> bool:
 def in_transform() -> bool:
     """Whether anything but plain autograd looks on: a transform of torch.func, or forward-mode derivatives."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def _function_is_traced() -> bool:
+    """Whether the compiler that traces now takes a Function with its backward: not for export, nor in transforms."""
+    try:
+        with warnings.catch_warnings(record=True):
+            # torch 2.13 warns itself, unseen, while it traces one, and fails where warnings are errors.
+            for category in (UserWarning, DeprecationWarning):
+                warnings.warn("are warnings errors?", category, stacklevel=1)
+    except (UserWarning, DeprecationWarning):
+        return False
+    return not torch.compiler.is_exporting() and not in_transform()
+
+
+# What `torch.compiler.assume_constant_result` sets: it is called while the compiler traces, which guards transforms.
+_function_is_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -294,6 +319,13 @@ class ErrorSum(Reduction):
         """As for every :class:`Reduction`."""
         return self.dims, self.dims
 
+    def traced(self, *operands: Tensor) -> Tensors:
+        """As for every :class:`Reduction`."""
+        if self.absolute or not (self.symlog_prediction and self.symlog_target and _function_is_traced()):
+            return self.formula(*operands)
+        value, _ = _apply(_SymlogSquares, *operands, self.dims)
+        return (value,)
+
     def prepare(self, rows: Tensors, scratch: Tensors) -> None:
         """As for every :class:`Reduction`."""
         (prediction, target), (error, other, sign) = rows, scratch
@@ -331,6 +363,43 @@ class ErrorSum(Reduction):
             return _symlog(target, out, sign) if self.symlog_target else target
         out.copy_(target).div_(255)
         return out.log1p_() if self.symlog_target else out
+
+
+class _SymlogSquares(torch.autograd.Function):
+    """``(prediction, target, dims) -> (value, slope)`` of squared errors of symlogs, for compilers alone.
+
+    The value is made of the slope, and not both of the error, for then inductor has one loop.
+    """
+
+    @staticmethod
+    def forward(prediction: Tensor, target: Tensor, dims: int) -> Tensors:
+        target = target.to(prediction.dtype) / 255 if target.dtype == torch.uint8 else target
+        # Finite, so that the error of an infinite prediction stays infinite.
+        divisor = (1 + prediction.abs()).clamp_max(torch.finfo(prediction.dtype).max)
+        slope = _symlog_difference(prediction, target) / divisor
+        return (slope * divisor).square().sum(tuple(range(-dims, 0))), slope
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor, _: Any) -> Any:
+        (slope,) = ctx.saved_tensors
+        return checks.align(2 * scale, slope) * slope, None, None
+
+
+def _symlog_difference(x: Tensor, y: Tensor) -> Tensor:
+    """``symlog(x) - symlog(y)`` with one logarithm: of (1 + |x|) / (1 + |y|), or of their product if signs differ.
+
+    Where signs differ and the product overflows, as of two values beyond 1e19 in float32, the difference comes out too
+    small, at worst half of what it should be, or infinite.
+    """
+    distance = (x - y).abs()
+    product = (x.abs() * y.abs()).clamp_max(torch.finfo(x.dtype).max / 4)
+    growth = torch.where(x * y < 0, distance + product, distance / (1 + torch.minimum(x.abs(), y.abs())))
+    return torch.copysign(torch.log1p(growth), x - y)
 
 
 @dataclass(frozen=True)
@@ -373,9 +442,9 @@ class Divergence(Reduction):
     """
 
     dims: int  # 1: a value for each categorical; 2: for their sum over groups
-    mix: float = 0.0
+    mix: float = 0.0  # in [0, 1)
     live = 2
-    scratch = 5
+    scratch = 4
 
     def trailing(self) -> tuple[int, ...]:
         """As for every :class:`Reduction`."""
@@ -387,29 +456,35 @@ class Divergence(Reduction):
 
     def prepare(self, rows: Tensors, scratch: Tensors) -> None:
         """As for every :class:`Reduction`."""
-        p, q, mixed, ratio, log_ratio = scratch
+        p, q, excess, log_ratio = scratch
         if self.mix:
-            uniform = p.new_full((), self.mix / p.shape[-1])
-            torch.add(uniform, torch.softmax(rows[0], -1, out=p), alpha=1 - self.mix, out=mixed)
-            torch.add(uniform, torch.softmax(rows[1], -1, out=q), alpha=1 - self.mix, out=ratio)
-            torch.log(torch.div(mixed, ratio, out=ratio), out=log_ratio)
+            # The quotient of the mixtures less 1, for log1p takes less time than log, and a slope by a softmax's logits
+            # does not see the 1.
+            torch.sub(torch.softmax(rows[0], -1, out=p), torch.softmax(rows[1], -1, out=q), out=excess)
+            torch.log1p(excess.div_(torch.add(q, self._share(q), out=log_ratio)), out=log_ratio)
         else:
             self._log_ratio(rows, p, log_ratio)
 
     def value(self, rows: Tensors, scratch: Tensors, out: Tensor) -> None:
         """As for every :class:`Reduction`."""
-        p, _, mixed, _, log_ratio = scratch
-        torch.linalg.vecdot((mixed if self.mix else p).flatten(1), log_ratio.flatten(1), out=out)
+        p, _, _, log_ratio = (x.flatten(1) for x in scratch)
+        torch.linalg.vecdot(p, log_ratio, out=out)
+        if self.mix:
+            out.add_(log_ratio.sum(1), alpha=self._share(scratch[0])).mul_(1 - self.mix)
 
     def slope(self, rows: Tensors, scratch: Tensors, out: Sequence[Tensor | None]) -> None:
         """As for every :class:`Reduction`."""
-        p, q, _, ratio, log_ratio = scratch
+        p, q, excess, log_ratio = scratch
         if out[1] is not None and self.mix:
-            _softmax_slope(ratio, q, out[1])
+            _softmax_slope(excess, q, out[1])
         elif out[1] is not None:
             torch.softmax(rows[1], -1, out=out[1]).sub_(p)
         if out[0] is not None:  # last, for this may be the memory of p
             _softmax_slope(log_ratio, p, out[0])
+
+    def _share(self, p: Tensor) -> float:
+        """Of the uniform distribution in one class of a mixture in which ``p`` weighs 1."""
+        return self.mix / (1 - self.mix) / p.shape[-1]
 
     def _log_ratio(self, rows: Tensors, p: Tensor, out: Tensor) -> None:
         """Write the posterior's probabilities, and log(p / q), which is 0 where p is: 0 log 0 is 0."""
