@@ -130,7 +130,7 @@ def within(function: str, argument: str, value: object, low: float, high: float 
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(text(function, argument, "a number or a 0-d tensor", describe(value)))
     # Numpy compares in the precision of its number, in which LARGEST may be infinite.
-    number = value if isinstance(value, (int, float)) else float(value)
+    number, low, high = (x if isinstance(x, (int, float)) else float(x) for x in (value, low, high))
     if not max(low, -LARGEST) <= number <= high:
         raise ValueError(text(function, argument, _range(value, low, high), repr(value)))
 

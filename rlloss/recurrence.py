@@ -44,7 +44,7 @@ def _in_blocks(reward: Tensor, bootstrap: Tensor, known: Tensor, chain: Tensor) 
     steps = reward[..., 1:] + _weighed(known, bootstrap[..., 1:])
     size = 1
     while size**2 < steps.shape[-1]:
-        size += 1
+        size = size + 1
     before = -steps.shape[-1] % size
     steps, chain = (torch.unflatten(pad(x, (before, 0)), -1, (-1, size)) for x in (steps, chain))
     # In all blocks at once: values as if nothing came after a block, and what that will weigh in them.
