@@ -8,8 +8,8 @@ Large gradients lie in huge pages where the kernel has them (pages.py).
 where                                          path      why
 =============================================  ========  ============================================================
 under ``torch.compile`` and ``torch.export``   plain     the compiler fuses the formula itself, and better
-squared errors of symlogs, there               traced    it would take the logarithms anew in backward: the slope is
-                                                         kept, which is the gradient but for a scale
+squared errors of symlogs there, outside of    traced    it would take the logarithms anew in backward: the slope is
+transforms, and not for export                           kept, which is the gradient but for a scale
 CPU, one float dtype (float32 or float64),     blocked   some rows at a time go through the whole formula while they
 ``smallest`` elements or more                            are in the cache; gradients in a second pass, in backward
 the same, a backward pass to follow, outside   blocked   value and gradients in one pass, which reads the operands
