@@ -210,9 +210,7 @@ def floating_dtype(function: str, dtype: torch.dtype) -> None:
 def scalar_like(x: Tensor, value: Scalar) -> Tensor:
     """``value`` as a 0-d tensor with the dtype and device of ``x``."""
     # Multiplied, not filled in: a compiled graph that fills in a Python number is compiled again for each new one.
-    if isinstance(value, Tensor) or torch.compiler.is_compiling():
-        return (x.new_ones(()) * value).to(x.dtype)
-    return x.new_full((), value)
+    return (x.new_ones(()) * value).to(x.dtype)
 
 
 def align(mask: Tensor, x: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ subclasses of Tensor, inference tensors
 =============================================  ========  ============================================================
 
 Every path gives the same numbers, up to rounding. Under ``vmap`` a batch is more rows of the same pass, and the size
-that counts is that of one sample. Derivatives beyond the first are those of the plain formula.
+that counts is that of one sample. Derivatives beyond the first are those of the plain formula; of a compiled graph they
+are to be taken inside of it, by transforms.
 """
 
 import functools
@@ -133,14 +134,19 @@ def in_transform() -> bool:
 
 def _function_is_traced() -> bool:
     """Whether the compiler that traces now takes a Function with its backward: not for export, nor in transforms."""
-    try:
-        with warnings.catch_warnings(record=True):
-            # torch 2.13 warns itself, unseen, while it traces one, and fails where warnings are errors.
-            for category in (UserWarning, DeprecationWarning):
-                warnings.warn("are warnings errors?", category, stacklevel=1)
-    except (UserWarning, DeprecationWarning):
-        return False
-    return not torch.compiler.is_exporting() and not in_transform()
+    # torch 2.13 warns itself, unseen, while it traces one, and fails where warnings are errors.
+    fails = any(_may_be_error(category) for category in (UserWarning, DeprecationWarning))
+    return not fails and not torch.compiler.is_exporting() and not in_transform()
+
+
+def _may_be_error(category: type[Warning]) -> bool:
+    """Whether some warnings of a category are errors; asked without a warning, for that would touch global state."""
+    for action, message, kind, module, _ in warnings.filters:
+        if action == "error" and issubclass(category, kind):
+            return True
+        if message is None and module is None and issubclass(category, kind):
+            return False
+    return False
 
 
 # What `torch.compiler.assume_constant_result` sets: it is called while the compiler traces, which guards transforms.
@@ -368,7 +374,8 @@ class ErrorSum(Reduction):
 class _SymlogSquares(torch.autograd.Function):
     """``(prediction, target, dims) -> (value, slope)`` of squared errors of symlogs, for compilers alone.
 
-    The value is made of the slope, and not both of the error, for then inductor has one loop.
+    The value is made of the slope, and not both of the error, for then inductor has one loop. It can be differentiated
+    once, as compiled graphs in general: torch 2.13 does not see that anybody wants more.
     """
 
     @staticmethod
@@ -397,7 +404,8 @@ def _symlog_difference(x: Tensor, y: Tensor) -> Tensor:
     small, at worst half of what it should be, or infinite.
     """
     distance = (x - y).abs()
-    product = (x.abs() * y.abs()).clamp_max(torch.finfo(x.dtype).max / 4)
+    product = x.abs() * y.abs()
+    product = product.clamp_max(torch.finfo(product.dtype).max / 4)
     growth = torch.where(x * y < 0, distance + product, distance / (1 + torch.minimum(x.abs(), y.abs())))
     return torch.copysign(torch.log1p(growth), x - y)
 

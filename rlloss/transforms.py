@@ -32,8 +32,8 @@ def symlog(x: Tensor) -> Tensor:
         tensor([-0.6931,  0.0000,  0.6931])
     """
     x = checks.real("symlog", "x", x)
-    sign = _sign(x)
-    return sign * torch.log1p(sign * x)
+    sign = torch.sign(x.detach())
+    return torch.where(x == 0, x, sign * torch.log1p(sign * x))
 
 
 def symexp(x: Tensor) -> Tensor:
@@ -60,10 +60,5 @@ def symexp(x: Tensor) -> Tensor:
         tensor([-1.0000e+03,  0.0000e+00,  1.0000e-08])
     """
     x = checks.real("symexp", "x", x)
-    sign = _sign(x)
-    return sign * torch.expm1(sign * x)
-
-
-def _sign(x: Tensor) -> Tensor:
-    """1 or -1, a constant. That of 0 is not 0, for a product with it would have no gradient there."""
-    return torch.copysign(torch.ones_like(x), x.detach())
+    sign = torch.sign(x.detach())
+    return torch.where(x == 0, x, sign * torch.expm1(sign * x))

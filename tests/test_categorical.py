@@ -792,3 +792,8 @@ def test_a_knob_that_changes_its_value_recompiles_never_as_a_tensor_and_once_as_
     numbers = [(*logits, a, b) for a, b in [(0.8, 1.0), (0.3, 0.5), (0.5, 2.0), (0.6, 1.5)]]
     compile_once(categorical_kl_balanced, *numbers, warmup=2)
     compile_once(unimix, *[(logits[0], u) for u in (0.01, 0.2, 0.5, 0.7)], warmup=2)
+
+
+def test_free_nats_beyond_float32_are_infinite():
+    dynamics, _ = categorical_kl_terms(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), free_nats=1e300)
+    assert dynamics.isinf().all()

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+import warnings
 from functools import partial
 
 import pytest
@@ -308,6 +309,22 @@ def test_classes_that_are_ruled_out(mix):
         assert_close(got, expected)
 
 
+@pytest.mark.parametrize("classes", [32, 256])
+@pytest.mark.parametrize("mix", [1e-6, 1e-5, 1e-4, 1 - 1e-6])
+@pytest.mark.usefixtures("fast")
+def test_shares_that_nearly_vanish(mix, classes):
+    p, q = torch.zeros(2, 4, 1, classes).unbind()
+    p[..., 0], q[..., 1] = 50.0, 50.0
+
+    def value_and_gradients(*logits):
+        logits = [x.requires_grad_() for x in logits]
+        terms = categorical_kl_terms(*logits, free_nats=0.0, unimix=mix)
+        return *terms, *torch.autograd.grad(terms[0].sum() + terms[1].sum(), logits)
+
+    got, expected = value_and_gradients(p, q), value_and_gradients(p.double(), q.double())
+    assert_close([x.double() for x in got], list(expected), rtol=0.05 if mix > 0.9 else 1e-4, atol=1e-6)
+
+
 # ---- who takes which path --------------------------------------------------------------------------------------------
 
 
@@ -423,7 +440,10 @@ def test_the_formula_is_exported(strict):
     assert_close(*[torch.autograd.grad(x.sum(), leaf)[0] for x in (got, expected)])
 
 
-def test_the_formula_is_compiled_where_warnings_are_errors():
+@pytest.mark.parametrize("module", ["", "torch"])
+def test_the_formula_is_compiled_where_warnings_are_errors(module):
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("error", module=module)
     torch.compiler.reset()
     backend, seen = nodes()
     prediction, target = normal(3, 4)
@@ -438,10 +458,28 @@ def test_the_formula_is_compiled_where_warnings_are_errors():
 def test_what_is_not_finite_has_the_error_of_the_formula_in_a_compiled_graph():
     torch.compiler.reset()
     inf = math.inf
-    prediction = torch.tensor([0.0, inf, -inf, 1.0, math.nan, 1e38, -0.0], requires_grad=True)[:, None]
+    backend, seen = nodes("inductor")
+    prediction = torch.tensor([[0.0], [inf], [-inf], [1.0], [math.nan], [1e38], [-0.0]], requires_grad=True)
     target = torch.tensor([inf, 0.0, 3.0, -inf, 1.0, 1e38, 0.0])[:, None]
     function, formula = both(error_sum(1, False, True, True), (target,))
-    assert_close(torch.compile(function, fullgraph=True)(prediction), formula(prediction), equal_nan=True)
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    assert_close(compiled(prediction), formula(prediction), equal_nan=True)
+    assert "autograd_function_apply" in seen
+    rows = torch.tensor([0, 3, 5, 6])
+    assert_close(*[torch.autograd.grad(f(prediction)[0][rows].sum(), prediction)[0][rows] for f in (compiled, formula)])
+
+
+@as_users
+@pytest.mark.parametrize("dtypes", list(itertools.permutations([torch.float32, torch.float64])))
+def test_squares_of_two_dtypes_in_a_compiled_graph(dtypes):
+    torch.compiler.reset()
+    prediction, target = (x.to(dtype) for x, dtype in zip(normal(3, 4), dtypes, strict=True))
+    prediction[0, 0], target[0, 0] = -1e25, 1e25
+    function, formula = both(error_sum(1, False, True, True), (target,))
+    leaf = prediction.requires_grad_()
+    got, expected = torch.compile(function, fullgraph=True, backend="aot_eager")(leaf)[0], formula(leaf)[0]
+    assert_close(got, expected)
+    assert_close(*[torch.autograd.grad(x.sum(), leaf)[0] for x in (got, expected)])
 
 
 @given(st.data())

@@ -92,6 +92,13 @@ def test_the_sign_of_zero_stays(name):
     assert torch.signbit(FUNCTIONS[name](torch.tensor([-0.0, 0.0]))).tolist() == [True, False]
 
 
+@both
+def test_the_second_derivative_at_zero_is_zero(name):
+    """Halfway between -1 and 1 (or 1 and -1), to which it tends from the left and from the right."""
+    second = torch.func.grad(torch.func.grad(FUNCTIONS[name]))
+    assert second(torch.tensor(0.0)) == second(torch.tensor(-0.0)) == 0
+
+
 def test_a_zero_initialised_head_gets_a_gradient():
     features, target = torch.tensor([1.0, -2.0]), torch.tensor(3.0)
     gradient = torch.func.grad(lambda w: (symlog(features @ w) - symlog(target)).square())(torch.zeros(2))
