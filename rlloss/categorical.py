@@ -230,9 +230,9 @@ def balanced_kl(posterior: Tensor, prior: Tensor, alpha: Scalar, free_bits: Scal
 def _divergences(posterior: Tensor, prior: Tensor, mix: Scalar, dims: int) -> tuple[Tensor, Tensor]:
     """The divergences that train the posterior and the prior, of each row of ``dims`` dimensions."""
     formula = partial(_kl_pair, mix=mix, dims=dims)
-    # No fast path: a share to be differentiated by, one that leaves nothing else, one that may vanish in 1 + its part.
+    # No fast path: a share to be differentiated by, and one that may vanish in 1 + its part.
     lost = 4 * posterior.shape[-1] * torch.finfo(posterior.dtype).eps
-    if isinstance(mix, Tensor) or 0 < mix < max(SMALLEST_MIX, lost) or mix == 1:
+    if isinstance(mix, Tensor) or 0 < mix < max(SMALLEST_MIX, lost):
         return formula(posterior, prior)
     of_posterior, of_prior = fused.reduce(fused.Divergence(formula, dims, mix), posterior, prior)
     return of_posterior, of_prior

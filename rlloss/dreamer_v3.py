@@ -134,8 +134,7 @@ def dreamer_v3_model_terms(outputs: Mapping[str, Any], batch: Batch, **knobs: Un
         >>> {name: term.shape for name, term in dreamer_v3_model_terms(outputs, batch).items()}
         {'kl': torch.Size([2, 3]), 'reco': torch.Size([2, 3]), 'reward': torch.Size([2, 3])}
     """
-    k = model_knobs(knobs)
-    _check_keys(batch, k)
+    k = _knobs_for(batch, knobs)
     return _model_terms(outputs, batch, k)
 
 
@@ -168,8 +167,7 @@ def dreamer_v3_model_losses(
         >>> weighted["kl"], weighted["reco"]
         (tensor(0.5000), tensor(2.4023))
     """
-    k = model_knobs(knobs)
-    _check_keys(batch, k)
+    k = _knobs_for(batch, knobs)
     return _model_losses(outputs, batch, k)
 
 
@@ -214,11 +212,10 @@ def dreamer_v3_model_loss(
         (tensor(6.5413), tensor(1.))
     """
     checks.function_of(FUNCTION, "world_model", world_model, "(params, batch) -> outputs")
-    k = model_knobs(knobs)
-    _check_keys(batch, k)
+    k = _knobs_for(batch, knobs)
     outputs = world_model(params, _silence(batch))
     weighted, unweighted, terms = _model_losses(outputs, batch, k)
-    aux = {"losses": _detached(unweighted), "terms": _detached(terms), "outputs": outputs}
+    aux = {"losses": tree_map(torch.detach, unweighted), "terms": tree_map(torch.detach, terms), "outputs": outputs}
     return reduce(torch.add, weighted.values()), aux
 
 
@@ -237,10 +234,6 @@ def _model_losses(
     weights = {name: checks.scalar_like(loss, _weight(name, k)) for name, loss in unweighted.items()}
     weighted = {name: weights[name] * loss for name, loss in unweighted.items()}
     return weighted, unweighted, terms
-
-
-def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: x.detach() for name, x in tensors.items()}
 
 
 def _model_terms(outputs: Mapping[str, Any], batch: Batch, k: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -326,8 +319,7 @@ def _head_term(head: str, target: Tensor, prediction: Tensor, steps: _Steps, k: 
 def _error_sum(
     prediction: Tensor, target: Tensor, *, dims: int, absolute: bool, symlog_prediction: bool, symlog_target: bool
 ) -> tuple[Tensor]:
-    if target.dtype == torch.uint8:
-        target = target.to(prediction.dtype) / 255
+    target = fused.pixels(target, prediction.dtype)
     target = symlog(target) if symlog_target else target
     prediction = symlog(prediction) if symlog_prediction else prediction
     error = prediction - target
@@ -361,8 +353,9 @@ def _output(outputs: Mapping[str, Any], key: str, why: str = "") -> Any:
     return checks.take(FUNCTION, "world_model(params, batch)", outputs, key, why)
 
 
-def _check_keys(batch: Batch, k: Mapping[str, Any]) -> None:
-    """What the knobs ask of the batch is there: known before the world model runs."""
+def _knobs_for(batch: Batch, knobs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """All knobs; what they ask of the batch is there, which is known before the world model runs."""
+    k = model_knobs(knobs)
     observation = checks.take(FUNCTION, "batch", batch, "observation")
     checks.take(FUNCTION, "batch", batch, "reward")
     if _wanted(k["lambda_continue"]):
@@ -375,6 +368,7 @@ def _check_keys(batch: Batch, k: Mapping[str, Any]) -> None:
         if sorted(k["reco_transform"].keys()) != heads:
             wanted, got = f"an option or a mapping with {heads}", f"keys {sorted(k['reco_transform'].keys())}"
             raise checks.MissingKeyError(checks.text(FUNCTION, "reco_transform", wanted, got))
+    return k
 
 
 def _mask(batch: Batch, steps: tuple[int, ...]) -> Tensor | None:

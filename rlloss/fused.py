@@ -380,7 +380,7 @@ class _SymlogSquares(torch.autograd.Function):
 
     @staticmethod
     def forward(prediction: Tensor, target: Tensor, dims: int) -> Tensors:
-        target = target.to(prediction.dtype) / 255 if target.dtype == torch.uint8 else target
+        target = pixels(target, prediction.dtype)
         # Finite, so that the error of an infinite prediction stays infinite.
         divisor = (1 + prediction.abs()).clamp_max(torch.finfo(prediction.dtype).max)
         slope = _symlog_difference(prediction, target) / divisor
@@ -395,6 +395,11 @@ class _SymlogSquares(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor, _: Any) -> Any:
         (slope,) = ctx.saved_tensors
         return checks.align(2 * scale, slope) * slope, None, None
+
+
+def pixels(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes as floats in [0, 1], all else as it is."""
+    return x.to(dtype) / 255 if x.dtype == torch.uint8 else x
 
 
 def _symlog_difference(x: Tensor, y: Tensor) -> Tensor:
@@ -450,7 +455,7 @@ class Divergence(Reduction):
     """
 
     dims: int  # 1: a value for each categorical; 2: for their sum over groups
-    mix: float = 0.0  # in [0, 1)
+    mix: float = 0.0
     live = 2
     scratch = 4
 
@@ -478,7 +483,7 @@ class Divergence(Reduction):
         p, _, _, log_ratio = (x.flatten(1) for x in scratch)
         torch.linalg.vecdot(p, log_ratio, out=out)
         if self.mix:
-            out.add_(log_ratio.sum(1), alpha=self._share(scratch[0])).mul_(1 - self.mix)
+            out.mul_(1 - self.mix).add_(log_ratio.sum(1), alpha=self.mix / scratch[0].shape[-1])
 
     def slope(self, rows: Tensors, scratch: Tensors, out: Sequence[Tensor | None]) -> None:
         """As for every :class:`Reduction`."""
@@ -492,7 +497,7 @@ class Divergence(Reduction):
 
     def _share(self, p: Tensor) -> float:
         """Of the uniform distribution in one class of a mixture in which ``p`` weighs 1."""
-        return self.mix / (1 - self.mix) / p.shape[-1]
+        return math.inf if self.mix == 1 else self.mix / (1 - self.mix) / p.shape[-1]
 
     def _log_ratio(self, rows: Tensors, p: Tensor, out: Tensor) -> None:
         """Write the posterior's probabilities, and log(p / q), which is 0 where p is: 0 log 0 is 0."""

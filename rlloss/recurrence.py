@@ -43,7 +43,7 @@ def chained(reward: Tensor, bootstrap: Tensor, known: Tensor, chain: Tensor, *, 
 def _in_blocks(reward: Tensor, bootstrap: Tensor, known: Tensor, chain: Tensor) -> Tensor:
     steps = reward[..., 1:] + _weighed(known, bootstrap[..., 1:])
     size = 1
-    while size**2 < steps.shape[-1]:
+    while size**2 < steps.shape[-1]:  # math.isqrt cannot be compiled for a length that varies
         size = size + 1
     before = -steps.shape[-1] % size
     steps, chain = (torch.unflatten(pad(x, (before, 0)), -1, (-1, size)) for x in (steps, chain))

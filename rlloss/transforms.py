@@ -1,5 +1,7 @@
 r"""Squashing of unbounded values: symlog and its inverse."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -32,8 +34,7 @@ def symlog(x: Tensor) -> Tensor:
         tensor([-0.6931,  0.0000,  0.6931])
     """
     x = checks.real("symlog", "x", x)
-    sign = torch.sign(x.detach())
-    return torch.where(x == 0, x, sign * torch.log1p(sign * x))
+    return _odd(torch.log1p, x)
 
 
 def symexp(x: Tensor) -> Tensor:
@@ -60,5 +61,10 @@ def symexp(x: Tensor) -> Tensor:
         tensor([-1.0000e+03,  0.0000e+00,  1.0000e-08])
     """
     x = checks.real("symexp", "x", x)
+    return _odd(torch.expm1, x)
+
+
+def _odd(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The odd function that is ``function`` where ``x`` is positive, with slope 1 at 0."""
     sign = torch.sign(x.detach())
-    return torch.where(x == 0, x, sign * torch.expm1(sign * x))
+    return torch.where(x == 0, x, sign * function(sign * x))

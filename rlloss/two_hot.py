@@ -64,10 +64,8 @@ def symexp_bins(
         steps = torch.arange(num_bins, dtype=computed, device=device)
         return symexp(low + (high - low) / (num_bins - 1) * steps).to(dtype)
     # Counted from the middle in whole numbers: 0 there is exact, which 1 - k * (1 / k) is not for every k.
-    upper = torch.expm1(
-        high * (torch.arange(1 - num_bins % 2, num_bins, 2, dtype=computed, device=device) / (num_bins - 1))
-    )
-    upper = upper.to(dtype)
+    steps = torch.arange(1 - num_bins % 2, num_bins, 2, dtype=computed, device=device)
+    upper = torch.expm1(high * (steps / (num_bins - 1))).to(dtype)
     return torch.cat([-upper[num_bins % 2 :].flip(0), upper])
 
 

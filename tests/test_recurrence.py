@@ -112,11 +112,12 @@ def test_what_weighs_nothing_adds_nothing(chained, bad, where):
     assert_close(y, step_by_step(*operands), equal_nan=True)
     assert y[:5].isfinite().all()
     rows = torch.where(y.isfinite(), 1.0, 0.0).double()
-    *got, by_chain = gradients(chained, operands, rows)
-    *expected, _ = gradients(step_by_step, operands, rows)
+    got, expected = gradients(chained, operands, rows), gradients(step_by_step, operands, rows)
+    if chained is _in_blocks:
+        # The weight 0 of a future that is not finite has no derivative; in blocks there may be one of its finite part.
+        assert got[4].isfinite().all()
+        got, expected = got[:4], expected[:4]
     assert_close(got, expected, equal_nan=True)
-    # The weight 0 of a future that is not finite has no derivative; there may be one of its finite part.
-    assert by_chain.isfinite().all()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e300])
