@@ -893,6 +893,7 @@ class DreamerV3Agent(NamedTuple):
     continuation: ApplyFn  # (params["world_model"], state) -> logits [...] or [..., 1]
     actor: ApplyFn  # (params["actor"], state) -> a distribution or a mapping of them
     critic: ApplyFn  # (params["critic"], state) -> logits [..., num_bins]
+    rollout: Callable[..., Imagination] | None = None  # (params, start, noise, horizon), in place of `imagine`
 
 
 class DreamerV3State(NamedTuple):
@@ -1043,19 +1044,27 @@ def dreamer_v3_loss(
 UNEQUAL_STEPS = "All have one entry for each of the T steps."
 
 
-def _noise_of_steps(noise: Mapping[str, Any], name: str, steps: int, time_dim: int) -> list[Any]:
-    """Noise of each step, None where there is none."""
+def noise_of(noise: Mapping[str, Any], name: str, steps: int, time_dim: int) -> Any:
+    """``noise[name]``, which has so many steps, or None where there is none."""
     if not hasattr(noise, "keys"):
         wanted = 'a mapping with "policy" and "dynamics"'
         raise TypeError(checks.text("imagine", "noise", wanted, checks.describe(noise)))
     if not checks.has(noise, name) or noise[name] is None:
-        return [None] * steps
+        return None
     for x in tree_leaves(noise[name]):
         if x.ndim <= time_dim or x.shape[time_dim] != steps:
             wanted = f"of {steps} steps in dimension {time_dim}"
             guess = "The last state gets an action too: horizon + 1." if name == "policy" else ""
             raise ValueError(checks.text("imagine", f"noise[{name!r}]", wanted, checks.describe(x), guess))
-    return [tree_map(lambda x, step=step: x.select(time_dim, step), noise[name]) for step in range(steps)]
+    return noise[name]
+
+
+def _noise_of_steps(noise: Mapping[str, Any], name: str, steps: int, time_dim: int) -> list[Any]:
+    """Noise of each step, None where there is none."""
+    drawn = noise_of(noise, name, steps, time_dim)
+    if drawn is None:
+        return [None] * steps
+    return [tree_map(lambda x, step=step: x.select(time_dim, step), drawn) for step in range(steps)]
 
 
 def _check_state(start: Any, state: Any) -> None:
@@ -1308,8 +1317,10 @@ def _follow(
     def policy(params: Params, state: Any, noise: Any) -> Any:
         return policy_sample(agent.actor(params["actor"], state), noise)
 
-    start = tree_map(lambda x: x.detach().flatten(0, 1), states)
-    return imagine(tree_map(torch.detach, live), start, noise, dynamics=dynamics, policy=policy, horizon=horizon)
+    start, frozen = tree_map(lambda x: x.detach().flatten(0, 1), states), tree_map(torch.detach, live)
+    if agent.rollout is not None:
+        return agent.rollout(frozen, start, noise, horizon)
+    return imagine(frozen, start, noise, dynamics=dynamics, policy=policy, horizon=horizon)
 
 
 def _expectations(

@@ -1273,6 +1273,31 @@ def test_replay_loss_of_detached_features_leaves_the_world_model_alone():
     assert not zero(without["critic"]["critic"])
 
 
+def test_rollouts_may_be_made_by_the_agent():
+    params, state, batch, noise = whole()
+    given = []
+
+    def rollout(*arguments):
+        given.append(arguments)
+        frozen, start, drawn, horizon = arguments
+        return imagine(
+            frozen,
+            start,
+            drawn,
+            dynamics=lambda params, *rest: dynamics(params["world_model"], *rest),
+            policy=lambda params, state, noise: policy_sample(heads(params["actor"], state), noise),
+            horizon=horizon,
+        )
+
+    knobs = {"horizon": 2, **KNOBS_OF_MODEL}
+    expected = dreamer_v3_loss(params, state, batch, noise, agent=AGENT, **knobs)
+    assert_close(dreamer_v3_loss(params, state, batch, noise, agent=AGENT._replace(rollout=rollout), **knobs), expected)
+    ((frozen, start, drawn, horizon),) = given
+    assert drawn is noise
+    assert horizon == 2
+    assert not any(x.requires_grad for x in tree_leaves((frozen, start)))
+
+
 def test_sizes_may_be_integers_of_numpy():
     params, state, batch, noise = whole(starts=2)
     expected = whole_loss(params, state, batch, noise, starts=2)

@@ -164,6 +164,29 @@ def unwatched():
         yield
 
 
+def test_a_compiled_rollout_is_the_rollout(agent, unwatched):
+    agent = randomised(agent)
+    functions, params = agent.functional(step_backend="aot_eager")
+    start = tree_map(lambda x: torch.randn_like(x).requires_grad_(), agent.initial(3).state)
+    noise, leaves = rollout_noise(agent, 3, 2), [*tree_flatten(params)[0], *start]
+    torch.compiler.reset()
+
+    def run(rollout):
+        rollout = rollout()
+        tensors = tree_flatten(tuple(rollout))[0]
+        total = sum((x * torch.linspace(-1, 1, x.numel()).view_as(x)).sum() for x in tensors)
+        return tensors, torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+
+    compiled = torch.compile(functions.rollout, backend="aot_eager", fullgraph=True)
+    wanted = run(lambda: agent.imagine(start, noise, horizon=2))
+    assert len(wanted[0]) == 2 + len(agent.spaces)
+    assert wanted[0][0].shape == (3, 3, 16)
+    torch.testing.assert_close(run(lambda: compiled(params, start, noise, 2)), wanted)
+    torch.testing.assert_close(run(lambda: functions.rollout(params, start, noise, 2)), wanted, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"noise\['policy'\] must be of 4 steps in dimension 1"):
+        functions.rollout(params, start, noise | {"dynamics": noise["policy"]}, 3)
+
+
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_the_compiled_objective_is_the_same(autocast, unwatched):
     agent, outcomes = randomised(Agent((5,), ACTIONS["both"], num_value_bins=7, **SMALL)), []

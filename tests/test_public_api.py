@@ -202,7 +202,7 @@ STATES = {
     "BehaviourTargets": ["returns", "advantage", "weight"],
     "CategoricalPolicy": ["logits"],
     "DiscountedSum": ["value"],
-    "DreamerV3Agent": ["world_model", "dynamics", "reward", "continuation", "actor", "critic"],
+    "DreamerV3Agent": ["world_model", "dynamics", "reward", "continuation", "actor", "critic", "rollout"],
     "DreamerV3State": ["slow_critic", "return_range"],
     "EvaluatedPolicy": ["log_prob", "entropy"],
     "Imagination": ["states", "actions"],

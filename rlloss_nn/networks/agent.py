@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from rlloss import checks
-from rlloss.dreamer_v3 import DreamerV3Agent, Imagination
+from rlloss.dreamer_v3 import DreamerV3Agent, Imagination, noise_of
 from rlloss.dreamer_v3 import imagine as imagine_with
 from rlloss.policy import CategoricalPolicy, NormalPolicy, Policy, bounded_normal, categorical_policy, policy_sample
 from rlloss_nn.functional import functionalize
@@ -236,12 +236,8 @@ class Agent(nn.Module):
 
     def flatten_action(self, action: Any) -> Tensor:
         """[..., action_dim], as the world model reads it, of an action or a mapping of them by name."""
-        parts = {SINGLE: action} if self.single else action
-        flat = []
-        for name, space in self.spaces.items():
-            x = checks.take("Agent.flatten_action", "action", parts, name)
-            flat.append(x.flatten(-2) if isinstance(space, Discrete) else x)
-        return torch.cat(flat, -1)
+        parts = zip(self._parts(action, "Agent.flatten_action", "action"), self.spaces.values(), strict=True)
+        return torch.cat([x.flatten(-2) if isinstance(space, Discrete) else x for x, space in parts], -1)
 
     def noise(self, *leading: int, generator: torch.Generator | None = None) -> dict[str, Any]:
         """Fresh noise for [leading] steps, as :meth:`act` takes it: "latent", and "policy" for each action."""
@@ -269,7 +265,8 @@ class Agent(nn.Module):
         Args:
             step_backend: of ``torch.compile``, such as "inductor", for steps of the loops over time: with
                 ``torch.compile(loss, fullgraph=True)`` around the loss one step of each is compiled, see
-                :meth:`RSSM.compile_steps`, and all else is one graph without a loop. None leaves loops to the compiler.
+                :meth:`RSSM.compile_steps`, and all else is one graph without a loop. So are rollouts, by the agent's
+                ``rollout``. None leaves loops to the compiler.
             autocast: dtype that matrix products of the networks are made in, such as ``torch.bfloat16``. Parameters,
                 recurrent states and all outputs, and so losses, gradients and statistics, stay float32. None for none.
         """
@@ -279,7 +276,7 @@ class Agent(nn.Module):
         world_model, model_params = functionalize(model)
         critic, critic_params = functionalize(self.critic)
         reward, continuation = _part(model, "reward_head"), _part(model, "continue_head")
-        actor, actor_params = self._actor(step_backend)
+        actor, actor_params = functionalize(self.actor, method="outputs")
         step = _part(model, "rssm", "imagine_step")
 
         def dynamics(params: Any, state: RSSMState, action: Any, noise: Tensor) -> Any:
@@ -296,26 +293,64 @@ class Agent(nn.Module):
             actor=lambda params, state: self.actor.policy(outputs(params, state)),
             critic=cast(lambda params, state: critic(params, features(*state))),
         )
+        if step_backend is not None:
+            agent = agent._replace(rollout=_Rollout(self, agent, step_backend))
         return agent, {"world_model": model_params, "actor": actor_params, "critic": critic_params}
 
-    def _actor(self, step_backend: str | None) -> tuple[Callable[..., list[Tensor]], dict[str, Tensor]]:
-        """The actor's outputs as a function, and its parameters; in a rollout a compiler takes it for one operation."""
-        outputs, params = functionalize(self.actor, method="outputs")
-        if step_backend is None:
-            return outputs, params
+    def _parts(self, named: Any, function: str, argument: str) -> list[Any]:
+        """What belongs to each action, in the order of their names."""
+        named = {SINGLE: named} if self.single else named
+        return [checks.take(function, argument, named, name) for name in self.spaces]
 
-        def step(weights: list[Tensor], carry: list[Tensor], inputs: list[Tensor], _: list[Tensor]) -> Any:
-            return carry, outputs(dict(zip(params, weights, strict=True)), *inputs)
+    def _named(self, parts: list[Any]) -> Any:
+        """The other way round: as a dict, or what belongs to the only action."""
+        return parts[0] if self.single else dict(zip(self.spaces, parts, strict=True))
 
-        loop = Loop(step, step_backend)
 
-        def steps(given: Mapping[str, Tensor], features: Tensor) -> list[Tensor]:
-            # A rollout asks for one step [B, *] at a time, a loss for all [B, T, *] at once.
-            if features.ndim > 2 or not torch.compiler.is_compiling():
-                return outputs(given, features)  # type: ignore[no-any-return]
-            return [x.squeeze(1) for x in loop([given[name] for name in params], [], [features.unsqueeze(1)], [])]
+class _Rollout:
+    """:func:`rlloss.imagine` of an agent as functions, whose steps a compiler takes for one operation."""
 
-        return steps, params
+    def __init__(self, agent: Agent, functions: DreamerV3Agent, backend: str):
+        self.agent, self.functions, self.loop = agent, functions, Loop(self.step, backend)
+        # All that a step reads: network and name of each weight.
+        self.used = [("actor", name) for name, _ in agent.actor.named_parameters()]
+        names = (name for name, _ in agent.world_model.named_parameters())
+        self.used += [("world_model", name) for name in names if name.startswith("rssm.")]
+
+    def __call__(self, params: Any, start: RSSMState, noise: Mapping[str, Any], horizon: int) -> Imagination:
+        if not torch.compiler.is_compiling():
+            return imagine_with(params, start, noise, dynamics=self.dynamics, policy=self.policy, horizon=horizon)
+        horizon = checks.integer("imagine", "horizon", horizon, 1)
+        latent, drawn = noise_of(noise, "dynamics", horizon, 1), noise_of(noise, "policy", horizon + 1, 1)
+        drawn = self.agent._parts(drawn, "imagine", "noise['policy']")
+        weights = [params[network][name] for network, name in self.used]
+        deter, stoch, *actions = self.loop(weights, list(start), [], [latent, *(x[:, :-1] for x in drawn)])
+        states = (torch.cat([x.unsqueeze(1), after], 1) for x, after in zip(start, (deter, stoch), strict=True))
+        # In the last state there is an action, but no transition.
+        state, noise = RSSMState(deter[:, -1], stoch[:, -1]), self.agent._named([x[:, -1] for x in drawn])
+        last = self._parts(self.policy(params, state, noise))
+        actions = [torch.cat([x, y.unsqueeze(1)], 1) for x, y in zip(actions, last, strict=True)]
+        return Imagination(RSSMState(*states), self.agent._named(actions))
+
+    def step(self, weights: list[Tensor], carry: list[Tensor], _: list[Tensor], noise: list[Tensor]) -> Any:
+        """One step, as :class:`Loop` takes it."""
+        params: dict[str, dict[str, Tensor]] = {"actor": {}, "world_model": {}}
+        for (network, name), weight in zip(self.used, weights, strict=True):
+            params[network][name] = weight
+        latent, *drawn = noise
+        action = self.policy(params, RSSMState(*carry), self.agent._named(drawn))
+        return list(self.dynamics(params, RSSMState(*carry), action, latent)), self._parts(action)
+
+    def dynamics(self, params: Any, state: RSSMState, action: Any, noise: Any) -> Any:
+        """As :func:`rlloss.imagine` takes it."""
+        return self.functions.dynamics(params["world_model"], state, action, noise)
+
+    def policy(self, params: Any, state: RSSMState, noise: Any) -> Any:
+        """As :func:`rlloss.imagine` takes it; without a gradient to the state."""
+        return policy_sample(self.functions.actor(params["actor"], RSSMState(*map(torch.detach, state))), noise)
+
+    def _parts(self, action: Any) -> list[Tensor]:
+        return self.agent._parts(action, "imagine", "action")
 
 
 #: Name of an action that has none.

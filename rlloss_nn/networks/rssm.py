@@ -304,10 +304,7 @@ class RSSM(nn.Module):
         action = self._action(function, action, ("B",))
         noise = self._noise(function, noise, action.shape[:1])
         state = self._state(function, state, action.shape[0])
-        if self.compiled is None or not torch.compiler.is_compiling():
-            return self._imagine_action(state, action, noise)
-        imagined = self.imagine(state, action.unsqueeze(1), noise.unsqueeze(1))
-        return imagined.state, imagined.prior_logits.squeeze(1)
+        return self._imagine_action(state, action, noise)
 
     def core(self, state: RSSMState, action: Tensor) -> Tensor:
         """The deterministic step: a state and the action [B, action_dim] after it to the next deter [B, deter]."""
