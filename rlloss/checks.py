@@ -210,8 +210,11 @@ def floating_dtype(function: str, dtype: torch.dtype) -> None:
 
 def scalar_like(x: Tensor, value: Scalar) -> Tensor:
     """``value`` as a 0-d tensor with the dtype and device of ``x``."""
-    # Multiplied, not filled in: a compiled graph that fills in a Python number is compiled again for each new one.
-    return (x.new_ones(()) * value).to(x.dtype)
+    if isinstance(value, Tensor) or torch.compiler.is_compiling() or not abs(value) <= torch.finfo(x.dtype).max:
+        # A compiled graph that fills in a Python number is compiled again for each new one; and none beyond the dtype
+        # can be filled in.
+        return (x.new_ones(()) * value).to(x.dtype)
+    return x.new_full((), float(value))
 
 
 def align(mask: Tensor, x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@ r"""DreamerV3's losses, of the world model and of the behaviour: terms on tensor
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial, reduce
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
 
 import torch
@@ -168,7 +168,8 @@ def dreamer_v3_model_losses(
         (tensor(0.5000), tensor(2.4023))
     """
     k = _knobs_for(batch, knobs)
-    return _model_losses(outputs, batch, k)
+    unweighted, weights, terms = _model_losses(outputs, batch, k)
+    return {name: weights[name] * loss for name, loss in unweighted.items()}, unweighted, terms
 
 
 def dreamer_v3_model_loss(
@@ -214,9 +215,10 @@ def dreamer_v3_model_loss(
     checks.function_of(FUNCTION, "world_model", world_model, "(params, batch) -> outputs")
     k = _knobs_for(batch, knobs)
     outputs = world_model(params, _silence(batch))
-    weighted, unweighted, terms = _model_losses(outputs, batch, k)
-    aux = {"losses": tree_map(torch.detach, unweighted), "terms": tree_map(torch.detach, terms), "outputs": outputs}
-    return reduce(torch.add, weighted.values()), aux
+    unweighted, weights, terms = _model_losses(outputs, batch, k)
+    loss = torch.dot(torch.stack(list(weights.values())), torch.stack(list(unweighted.values())))
+    unweighted, terms = ({name: x.detach() for name, x in named.items()} for named in (unweighted, terms))
+    return loss, {"losses": unweighted, "terms": terms, "outputs": outputs}
 
 
 FUNCTION = "dreamer_v3_model_loss"
@@ -232,8 +234,7 @@ def _model_losses(
     unweighted = {name: _mean(term, mask) for name, term in terms.items()}
     # Tensors, for where a loss has a number as a factor, jvp(grad) of a function that casts it fails in the backward.
     weights = {name: checks.scalar_like(loss, _weight(name, k)) for name, loss in unweighted.items()}
-    weighted = {name: weights[name] * loss for name, loss in unweighted.items()}
-    return weighted, unweighted, terms
+    return unweighted, weights, terms
 
 
 def _model_terms(outputs: Mapping[str, Any], batch: Batch, k: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -398,8 +399,9 @@ def _silence(batch: Batch) -> Batch:
 
 
 def _mean(term: Tensor, mask: Tensor | None) -> Tensor:
-    number = max(term.numel(), 1) if mask is None else mask.sum().clamp_min(1)
-    return term.sum() / number
+    if mask is None:
+        return term.mean() if term.numel() else term.sum()
+    return term.sum() / mask.sum().clamp_min(1)
 
 
 def reduced(terms: Tensor, reduction: str) -> Tensor:

@@ -11,10 +11,10 @@ under ``torch.compile`` and ``torch.export``   plain     the compiler fuses the 
 squared errors of symlogs there, outside of    traced    it would take the logarithms anew in backward: the slope is
 transforms, and not for export                           kept, which is the gradient but for a scale
 CPU, one float dtype (float32 or float64),     blocked   some rows at a time go through the whole formula while they
-``smallest`` elements or more                            are in the cache; gradients in a second pass, in backward
+enough elements (``pays``)                               are in the cache; gradients in a second pass, in backward
 the same, a backward pass to follow, outside   blocked   value and gradients in one pass, which reads the operands
 of all transforms                              once      and computes what both need once; backward only scales
-CUDA, float32, ``smallest`` elements or more,  Triton    one kernel reads each element once; never run on a GPU so
+CUDA, float32, enough elements,                Triton    one kernel reads each element once; never run on a GPU so
 Triton installed                                         far, its kernels only in Triton's interpreter
 fewer elements                                 plain     calling a Function costs more than the temporaries
 anything else: other devices, mixed dtypes,    plain     no fast path was written
@@ -57,13 +57,17 @@ class Reduction:
     live = 1
     scratch = 0  # how many tensors like a block of the first operand it writes into, at least ``live``
     block = 2**18  # elements of the first operand in a block: with the scratch, it stays in the cache
-    smallest = 2**16  # elements of the first operand from which on the fast path pays
+    smallest = 2**16  # elements of the first operand from which on the fast path pays at the latest
     integers: ClassVar[tuple[torch.dtype, ...]] = ()  # dtypes it reads, besides one of floats
     any_layout = False  # whether its kernels are right for a gradient that is not contiguous
 
     def trailing(self) -> tuple[int, ...]:
         """How many dimensions of each operand are one row."""
         raise NotImplementedError
+
+    def pays(self, elements: int) -> bool:
+        """Whether the fast path takes less time than the formula, for so many elements of the first operand."""
+        return elements >= max(self.smallest, 1)
 
     def traced(self, *operands: Tensor) -> Tensors:
         """The formula as a compiler is to see it."""
@@ -101,7 +105,7 @@ def reduce(reduction: Reduction, *operands: Tensor) -> Tensors:
 
 def has_fast_path(reduction: Reduction, operands: Tensors) -> bool:
     """The table at the head of this file."""
-    if operands[0].numel() < max(reduction.smallest, 1):
+    if not reduction.pays(operands[0].numel()):
         return False
     if cannot_be_saved(operands):
         return False
@@ -292,6 +296,8 @@ class _Slope(torch.autograd.Function):
 def _value_and_slopes(reduction: Reduction, wanted: tuple[int, ...], operands: Tensors) -> tuple[Tensor, list[Tensor]]:
     """Value and slopes, but for their factors, in one pass."""
     trailing, number = reduction.trailing(), len(operands)
+    # A view of what requires gradients takes longer.
+    operands = tuple(x.detach() for x in operands)
     out = operands[0].new_empty(_leading(reduction, operands))
     slopes = [_fresh(reduction, operands[i], trailing[i]) for i in wanted]
     counts = (*trailing, 0, *[trailing[i] for i in wanted])
@@ -324,6 +330,10 @@ class ErrorSum(Reduction):
     def trailing(self) -> tuple[int, ...]:
         """As for every :class:`Reduction`."""
         return self.dims, self.dims
+
+    def pays(self, elements: int) -> bool:
+        """As for every :class:`Reduction`; with its derivative, a symlog in plain operators takes a dozen of them."""
+        return elements >= max(self.smallest // 16 if self.symlog_prediction else self.smallest, 1)
 
     def traced(self, *operands: Tensor) -> Tensors:
         """As for every :class:`Reduction`."""
@@ -480,7 +490,7 @@ class Divergence(Reduction):
 
     def value(self, rows: Tensors, scratch: Tensors, out: Tensor) -> None:
         """As for every :class:`Reduction`."""
-        p, _, _, log_ratio = (x.flatten(1) for x in scratch)
+        p, log_ratio = scratch[0].flatten(1), scratch[3].flatten(1)
         torch.linalg.vecdot(p, log_ratio, out=out)
         if self.mix:
             out.mul_(1 - self.mix).add_(log_ratio.sum(1), alpha=self.mix / scratch[0].shape[-1])
@@ -530,7 +540,7 @@ def _apply(function: Any, *args: Any) -> Any:
 
 def legacy_batched(x: Tensor) -> bool:
     """Whether ``torch.autograd.grad(..., is_grads_batched=True)`` made it: it asks no Function how to batch."""
-    return " Batched" in str(torch._C._dispatch_keys(x)).replace("(", " ")
+    return torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def _wanted(ctx: Any, reduction: Reduction) -> tuple[int, ...]:
@@ -615,21 +625,20 @@ def _blocks(
 
     The last tensors are the gradients of the ``wanted`` operands, and serve as scratch in their places.
     """
-    spare: dict[int, Tensor] = {}
-    gradients = range(len(tensors) - len(wanted), len(tensors))
+    gradients = _at(wanted, range(len(tensors) - len(wanted), len(tensors)), reduction.scratch)
+    spare: list[Tensor | None] = []
     for group in _rows(tensors, trailing, first, reduction.block):
         count, elements = group[first].shape[0], math.prod(group[first].shape[1:])
         step = max(1, min(count, reduction.block // max(1, elements)))
         if not spare:
             layout = torch.preserve_format if reduction.any_layout else torch.contiguous_format
-            like = group[first][:step]
-            needed = set(range(reduction.scratch)) - set(wanted)
-            spare = {i: torch.empty_like(like, memory_format=layout) for i in needed}
+            like = group[first] if step == count else group[first][:step]
+            spare = [torch.empty_like(like, memory_format=layout) if k is None else None for k in gradients]
         for start in range(0, count, step):
-            block = tuple(x[start : start + step] for x in group)
-            own = {i: x[: block[first].shape[0]] for i, x in spare.items()}
-            scratch = own | {i: block[k] for i, k in zip(wanted, gradients, strict=True)}
-            yield block, tuple(scratch[i] for i in range(reduction.scratch))
+            block = group if step == count else tuple(x[start : start + step] for x in group)
+            size = block[first].shape[0]
+            own = [x if x is None or x.shape[0] == size else x[:size] for x in spare]
+            yield block, tuple(block[k] if x is None else x for k, x in zip(gradients, own, strict=True))
 
 
 def _rows(tensors: Tensors, trailing: tuple[int, ...], first: int, block: int) -> Iterator[Tensors]:
@@ -650,6 +659,8 @@ def _rows(tensors: Tensors, trailing: tuple[int, ...], first: int, block: int) -
 
 def _viewable(x: Tensor, trailing: int) -> bool:
     """Whether the leading dimensions can be counted as one without a copy."""
+    if x.is_contiguous():
+        return True
     leading = x.ndim - trailing
     steps = [(size, stride) for size, stride in zip(x.shape[:leading], x.stride()[:leading], strict=True) if size != 1]
     return all(stride == size * inner for (_, stride), (size, inner) in pairwise(steps))
