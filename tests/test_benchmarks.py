@@ -16,7 +16,7 @@ for needed in ("matplotlib", "tqdm", "torchrl"):
     pytest.importorskip(needed, reason='the extra "benchmarks" is not installed')
 
 from benchmarks.speed import command, ensembles, goals, model_loss, paths, report, returns
-from benchmarks.speed.harness import Case, Row, Settings, compare, first_call, kernels, measure, peak_memory
+from benchmarks.speed.harness import MOST, Case, Row, Settings, compare, first_call, kernels, measure, peak_memory
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # of torchrl, about itself
@@ -44,6 +44,13 @@ def test_quartiles_are_those_of_the_clock() -> None:
     ticks = iter([0, 9, 10, 11, 20, 22, 30, 33])  # in seconds; the first pair is the warm-up
     timing = compare({"a": lambda: None}, repetitions=3, warmup=1, clock=lambda: next(ticks))["a"]
     assert timing == (2000, 1000, 3000)
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 4), (3600.0, MOST)])
+def test_short_rounds_are_repeated(seconds, rounds):
+    calls = []
+    compare({"a": lambda: calls.append(None)}, repetitions=4, warmup=1, seconds=seconds)
+    assert len(calls) == 1 + rounds
 
 
 def test_memory_is_counted_above_what_was_there() -> None:

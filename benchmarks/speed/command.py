@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.speed import goals, paths, report
-from benchmarks.speed.harness import Case, Row, Settings, machine, measure
+from benchmarks.speed.harness import MOST, Case, Row, Settings, machine, measure
 
 SUITES = ("model_loss", "returns", "rnd", "ensembles", "update")
 RESULTS = Path(__file__).parent / "results"
@@ -51,7 +51,7 @@ def parse(arguments: Sequence[str] | None = None, suite: str = "") -> argparse.N
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--quick", action="store_true", help="a few small cases in one process, five rounds")
-    parser.add_argument("--repetitions", type=int, help="timed rounds (default: 21, 5 with --quick)")
+    parser.add_argument("--repetitions", type=int, help="timed rounds (default: 21 to 101, 5 with --quick)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU (default: as torch)")
     parser.add_argument("--busy", action="store_true", help="one thread, its processor time: on a CPU with other work")
     parser.add_argument("--limit", type=float, default=300, help="seconds for a first call (default: 300)")
@@ -69,6 +69,8 @@ def parse(arguments: Sequence[str] | None = None, suite: str = "") -> argparse.N
         parser.error("--device cuda: there is no CUDA device here.")
     if options.busy and options.device == "cuda":
         parser.error("--busy is for the CPU.")
+    # A median of a few short calls is of little worth on a machine that others share.
+    options.seconds = 5.0 if options.repetitions is None and not options.quick else 0.0
     if options.repetitions is None:
         options.repetitions = 5 if options.quick else 21
     if options.repetitions < 2:
@@ -105,7 +107,7 @@ def prepare(options: argparse.Namespace) -> None:
 def here(name: str, case: Case, options: argparse.Namespace) -> list[Row]:
     """One case of a suite, measured in this process."""
     clock = time.process_time if options.busy else time.perf_counter
-    return measure(name, case, Settings(options.device, options.repetitions, options.limit, clock))
+    return measure(name, case, Settings(options.device, options.repetitions, options.seconds, options.limit, clock))
 
 
 def alone(name: str, index: int, options: argparse.Namespace) -> list[Row]:
@@ -133,8 +135,9 @@ def run(name: str, options: argparse.Namespace) -> list[Row]:
         rows += here(name, case, options) if options.quick else alone(name, index, options)
     if not rows:
         raise SystemExit(f"benchmarks.speed: no contender of {name} has {options.contenders} in its name.")
+    calls = f"{options.repetitions} to {MOST}" if options.seconds else options.repetitions
     conditions = (
-        f"{'Processor time' if options.busy else 'Wall time'} of {options.repetitions} calls in turn. "
+        f"{'Processor time' if options.busy else 'Wall time'} of {calls} calls in turn. "
         f"{machine(options.device)}, torchrl {importlib.metadata.version('torchrl')}, "
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}; load average {os.getloadavg()[0]:.1f} at the end."
     )

@@ -6,7 +6,7 @@ import re
 import signal
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 LIMIT = "limit"  # the contender that only does what nobody can leave out
+MOST = 101  # rounds, for the shortest
 
 
 class Timing(NamedTuple):
@@ -41,6 +42,7 @@ class Settings(NamedTuple):
 
     device: str = "cpu"
     repetitions: int = 21
+    seconds: float = 0.0  # that short rounds are repeated for beyond that
     limit: float = 300.0  # seconds for a first call
     clock: Callable[[], float] = time.perf_counter
 
@@ -88,7 +90,7 @@ def measure(suite: str, case: Case, settings: Settings) -> list[Row]:
     del more
     ready = {name: partial(run, data) for name, run in case.contenders.items() if not first[name].note}
     warmup = min(3, settings.repetitions // 4)
-    timings = compare(ready, settings.repetitions, warmup, settings.clock)
+    timings = compare(ready, settings.repetitions, warmup, settings.clock, settings.seconds)
     nothing = float("nan")
     reference = timings.get(next(iter(case.contenders)))
     limit = next((timing for name, timing in timings.items() if name.startswith(LIMIT)), None)
@@ -164,8 +166,11 @@ def compare(
     repetitions: int = 21,
     warmup: int = 3,
     clock: Callable[[], float] = time.perf_counter,
+    seconds: float = 0.0,
 ) -> dict[str, Timing]:
     """Time every contender `repetitions` times, once a round, after `warmup` rounds that do not count.
+
+    Short rounds are repeated until so many `seconds` are over, at most `MOST` times.
 
     The order is drawn anew for each round: what one leaves in caches and allocators meets all others alike.
 
@@ -173,7 +178,7 @@ def compare(
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     draws, names = random.Random(0), list(contenders)
-    for repetition in tqdm(range(-warmup, repetitions), unit="round", leave=False, disable=None):
+    for repetition in tqdm(_rounds(-warmup, repetitions, seconds), unit="round", leave=False, disable=None):
         for name in draws.sample(names, len(names)):
             start = clock()
             contenders[name]()
@@ -183,6 +188,15 @@ def compare(
                 times[name].append(1e3 * elapsed)
     quartiles = {name: statistics.quantiles(values, n=4) for name, values in times.items()}
     return {name: Timing(q[1], q[0], q[2]) for name, q in quartiles.items()}
+
+
+def _rounds(first: int, repetitions: int, seconds: float) -> Iterator[int]:
+    end = time.perf_counter() + seconds
+    yield from range(first, repetitions)
+    for repetition in range(repetitions, MOST):
+        if time.perf_counter() >= end:
+            return
+        yield repetition
 
 
 def peak_memory(contender: Callable[[], object], device: str = "cpu") -> int:
