@@ -4,6 +4,7 @@ A check looks only at what is known without reading a value, so it costs nothing
 and never waits for a device. Each text reads ``function: argument must be <wanted>, got <got>. <guess>``.
 """
 
+import math
 import numbers
 import sys
 from collections.abc import Iterable, Sequence
@@ -210,11 +211,12 @@ def floating_dtype(function: str, dtype: torch.dtype) -> None:
 
 def scalar_like(x: Tensor, value: Scalar) -> Tensor:
     """``value`` as a 0-d tensor with the dtype and device of ``x``."""
-    if isinstance(value, Tensor) or torch.compiler.is_compiling() or not abs(value) <= torch.finfo(x.dtype).max:
-        # A compiled graph that fills in a Python number is compiled again for each new one; and none beyond the dtype
-        # can be filled in.
+    if isinstance(value, Tensor) or torch.compiler.is_compiling():
+        # A compiled graph that fills in a Python number is compiled again for each new one.
         return (x.new_ones(()) * value).to(x.dtype)
-    return x.new_full((), float(value))
+    number = float(value)
+    # What is beyond the dtype cannot be filled in either.
+    return x.new_full((), number if abs(number) <= torch.finfo(x.dtype).max else number * math.inf)
 
 
 def align(mask: Tensor, x: Tensor) -> Tensor:

@@ -216,7 +216,7 @@ def dreamer_v3_model_loss(
     k = _knobs_for(batch, knobs)
     outputs = world_model(params, _silence(batch))
     unweighted, weights, terms = _model_losses(outputs, batch, k)
-    loss = torch.dot(torch.stack(list(weights.values())), torch.stack(list(unweighted.values())))
+    loss = (torch.stack(list(weights.values())) * torch.stack(list(unweighted.values()))).sum()
     unweighted, terms = ({name: x.detach() for name, x in named.items()} for named in (unweighted, terms))
     return loss, {"losses": unweighted, "terms": terms, "outputs": outputs}
 
@@ -399,9 +399,8 @@ def _silence(batch: Batch) -> Batch:
 
 
 def _mean(term: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return term.mean() if term.numel() else term.sum()
-    return term.sum() / mask.sum().clamp_min(1)
+    number = max(term.numel(), 1) if mask is None else mask.sum().clamp_min(1)
+    return term.sum() / number
 
 
 def reduced(terms: Tensor, reduction: str) -> Tensor:
@@ -895,7 +894,10 @@ class DreamerV3Agent(NamedTuple):
     continuation: ApplyFn  # (params["world_model"], state) -> logits [...] or [..., 1]
     actor: ApplyFn  # (params["actor"], state) -> a distribution or a mapping of them
     critic: ApplyFn  # (params["critic"], state) -> logits [..., num_bins]
-    rollout: Callable[..., Imagination] | None = None  # (params, start, noise, horizon), in place of `imagine`
+    #: ``(params, start, noise, horizon) -> Imagination``, what :func:`imagine` makes of ``dynamics`` and ``actor`` by
+    #: another way, such as one operation of a compiled graph; of all params, start and noise as ``imagine`` takes them,
+    #: without a gradient. Who replaces one of those two replaces this as well, or sets it to None.
+    rollout: Callable[..., Imagination] | None = None
 
 
 class DreamerV3State(NamedTuple):
@@ -948,7 +950,7 @@ def dreamer_v3_loss(
         batch: as :func:`dreamer_v3_model_loss` reads it, without "mask"; with "terminated" and "is_last": bool [B, T].
         noise: of the rollouts, as :func:`imagine` reads it, with B * ``starts`` rows. A rollout's row is
             ``b * starts + t``.
-        agent: the networks.
+        agent: the networks, and perhaps a way of its own to make rollouts.
         horizon: of the rollouts.
         starts: number of last states of each sequence that start a rollout, at least 2; None: all T.
         discount: in imagination; 1 where the continuation has learned to discount.
@@ -1321,7 +1323,7 @@ def _follow(
 
     start, frozen = tree_map(lambda x: x.detach().flatten(0, 1), states), tree_map(torch.detach, live)
     if agent.rollout is not None:
-        return agent.rollout(frozen, start, noise, horizon)
+        return Imagination(*(tree_map(torch.detach, x) for x in agent.rollout(frozen, start, noise, horizon)))
     return imagine(frozen, start, noise, dynamics=dynamics, policy=policy, horizon=horizon)
 
 

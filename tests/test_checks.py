@@ -256,6 +256,13 @@ def test_scalar_like(variant, dtype):
     assert of_number == of_tensor == value.to(dtype)
 
 
+@pytest.mark.parametrize("value", [2, -1e300, 1e5, math.inf, math.nan, np.float32(0.1), np.float64(0.1), np.int64(3)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_any_number_is_a_scalar(value, dtype):
+    wanted = torch.tensor(float(value), dtype=torch.float64).to(dtype)
+    assert_close(checks.scalar_like(torch.zeros(3, dtype=dtype), value), wanted, rtol=0, atol=0, equal_nan=True)
+
+
 def test_align(variant):
     mask, x = torch.tensor([True, False]), torch.ones(2, 3, 4)
     selected = variant(lambda mask, x: torch.where(checks.align(mask, x), x, 0.0))(mask, x)

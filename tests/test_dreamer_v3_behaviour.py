@@ -1280,7 +1280,7 @@ def test_rollouts_may_be_made_by_the_agent():
     def rollout(*arguments):
         given.append(arguments)
         frozen, start, drawn, horizon = arguments
-        return imagine(
+        same = imagine(
             frozen,
             start,
             drawn,
@@ -1288,11 +1288,17 @@ def test_rollouts_may_be_made_by_the_agent():
             policy=lambda params, state, noise: policy_sample(heads(params["actor"], state), noise),
             horizon=horizon,
         )
+        return same._replace(states=tree_map(lambda x: x * scale, same.states))
 
-    knobs = {"horizon": 2, **KNOBS_OF_MODEL}
+    knobs, scale = {"horizon": 2, **KNOBS_OF_MODEL}, torch.tensor(1.0, requires_grad=True)
     expected = dreamer_v3_loss(params, state, batch, noise, agent=AGENT, **knobs)
-    assert_close(dreamer_v3_loss(params, state, batch, noise, agent=AGENT._replace(rollout=rollout), **knobs), expected)
+    made = dreamer_v3_loss(params, state, batch, noise, agent=AGENT._replace(rollout=rollout), **knobs)
+    assert_close(made, expected)
+    assert not made[0].requires_grad, "rollouts are constants"
     ((frozen, start, drawn, horizon),) = given
+    scale = torch.tensor(2.0)
+    changed = dreamer_v3_loss(params, state, batch, noise, agent=AGENT._replace(rollout=rollout), **knobs)
+    assert changed[0] != expected[0]
     assert drawn is noise
     assert horizon == 2
     assert not any(x.requires_grad for x in tree_leaves((frozen, start)))

@@ -367,6 +367,13 @@ def test_large_reductions_take_the_fast_path(monkeypatch):
     assert len(values) == 2
 
 
+@pytest.mark.parametrize(("symlog", "smallest"), [(True, 2**14), (False, 2**18)])
+def test_errors_of_symlogs_take_it_sooner(symlog, smallest):
+    reduction = error_sum(symlog_prediction=symlog, symlog_target=symlog)
+    for elements in (smallest - 1, smallest):
+        assert fused.has_fast_path(reduction, (torch.zeros(elements),) * 2) == (elements == smallest)
+
+
 @pytest.mark.usefixtures("fast")
 def test_the_compiler_gets_the_formulas(monkeypatch):
     torch.compiler.reset()

@@ -168,7 +168,8 @@ def test_a_compiled_rollout_is_the_rollout(agent, unwatched):
     agent = randomised(agent)
     functions, params = agent.functional(step_backend="aot_eager")
     start = tree_map(lambda x: torch.randn_like(x).requires_grad_(), agent.initial(3).state)
-    noise, leaves = rollout_noise(agent, 3, 2), [*tree_flatten(params)[0], *start]
+    noise = tree_map(lambda x: x.requires_grad_(), rollout_noise(agent, 3, 2))
+    leaves = [*tree_flatten(params)[0], *start, *tree_flatten(noise["policy"])[0]]
     torch.compiler.reset()
 
     def run(rollout):
@@ -184,7 +185,32 @@ def test_a_compiled_rollout_is_the_rollout(agent, unwatched):
     torch.testing.assert_close(run(lambda: compiled(params, start, noise, 2)), wanted)
     torch.testing.assert_close(run(lambda: functions.rollout(params, start, noise, 2)), wanted, rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"noise\['policy'\] must be of 4 steps in dimension 1"):
-        functions.rollout(params, start, noise | {"dynamics": noise["policy"]}, 3)
+        functions.rollout(params, start, noise | {"dynamics": torch.zeros(3, 3, 3, 4)}, 3)
+
+
+def test_a_compiled_rollout_is_one_operation(agent):
+    functions, params = agent.functional(step_backend="eager")
+    start, noise, seen = agent.initial(3).state, rollout_noise(agent, 3, 4), []
+
+    def backend(graph, inputs):
+        seen.extend(node.target for node in graph.graph.nodes)
+        return graph
+
+    torch.compiler.reset()
+    compiled = torch.compile(functions.rollout, backend=backend, fullgraph=True)
+    assert compiled(params, start, noise, 4).states.deter.shape == (3, 5, 16)
+    assert seen.count(torch.ops.rlloss_nn.loop.default) == 1
+
+
+@pytest.mark.parametrize("name", ["dynamics", "policy"])
+@pytest.mark.parametrize("compiling", [False, True])
+def test_noise_that_a_rollout_lacks_is_named(agent, name, compiling, monkeypatch):
+    functions, params = agent.functional(step_backend="eager")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    given = rollout_noise(agent, 3, 2)
+    for noise in (given | {name: None}, {other: x for other, x in given.items() if other != name}):
+        with pytest.raises(TypeError, match=r"noise.* must be"):
+            functions.rollout(params, agent.initial(3).state, noise, 2)
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])

@@ -1,5 +1,6 @@
 """Honest timing: contenders take turns, so that a drifting machine hits all of them; medians and quartiles."""
 
+import gc
 import platform
 import random
 import re
@@ -15,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 LIMIT = "limit"  # the contender that only does what nobody can leave out
-MOST = 101  # rounds, for the shortest
+MOST = 101  # rounds at most
 
 
 class Timing(NamedTuple):
@@ -42,7 +43,7 @@ class Settings(NamedTuple):
 
     device: str = "cpu"
     repetitions: int = 21
-    seconds: float = 0.0  # that short rounds are repeated for beyond that
+    seconds: float = 0.0  # short rounds go on beyond the repetitions until so many have passed
     limit: float = 300.0  # seconds for a first call
     clock: Callable[[], float] = time.perf_counter
 
@@ -116,6 +117,9 @@ def first_call(call: Callable[[], object], limit: float) -> First:
     def stop(*_: object) -> None:
         raise TimeoutError
 
+    # What others have left is not to be gone through again whenever garbage is collected.
+    gc.collect()
+    gc.freeze()
     note, start = "", time.perf_counter()
     counters = torch._dynamo.utils.counters
     counters.clear()
@@ -170,7 +174,7 @@ def compare(
 ) -> dict[str, Timing]:
     """Time every contender `repetitions` times, once a round, after `warmup` rounds that do not count.
 
-    Short rounds are repeated until so many `seconds` are over, at most `MOST` times.
+    Short rounds go on until so many `seconds` have passed since the first, or there are `MOST` that count.
 
     The order is drawn anew for each round: what one leaves in caches and allocators meets all others alike.
 

@@ -265,8 +265,9 @@ class Agent(nn.Module):
         Args:
             step_backend: of ``torch.compile``, such as "inductor", for steps of the loops over time: with
                 ``torch.compile(loss, fullgraph=True)`` around the loss one step of each is compiled, see
-                :meth:`RSSM.compile_steps`, and all else is one graph without a loop. So are rollouts, by the agent's
-                ``rollout``. None leaves loops to the compiler.
+                :meth:`RSSM.compile_steps`, and all else is one graph without a loop. A rollout, actor included, is such
+                a loop too: the ``rollout`` of the agent, to be called in place of :func:`rlloss.imagine`, which would
+                be unrolled. None leaves loops to the compiler.
             autocast: dtype that matrix products of the networks are made in, such as ``torch.bfloat16``. Parameters,
                 recurrent states and all outputs, and so losses, gradients and statistics, stay float32. None for none.
         """
@@ -312,34 +313,35 @@ class _Rollout:
 
     def __init__(self, agent: Agent, functions: DreamerV3Agent, backend: str):
         self.agent, self.functions, self.loop = agent, functions, Loop(self.step, backend)
-        # All that a step reads: network and name of each weight.
+        # Network and name of each weight: all of the actor and of the RSSM, though a step reads no posterior.
         self.used = [("actor", name) for name, _ in agent.actor.named_parameters()]
         names = (name for name, _ in agent.world_model.named_parameters())
         self.used += [("world_model", name) for name in names if name.startswith("rssm.")]
 
     def __call__(self, params: Any, start: RSSMState, noise: Mapping[str, Any], horizon: int) -> Imagination:
+        start = RSSMState(*start)
         if not torch.compiler.is_compiling():
             return imagine_with(params, start, noise, dynamics=self.dynamics, policy=self.policy, horizon=horizon)
         horizon = checks.integer("imagine", "horizon", horizon, 1)
-        latent, drawn = noise_of(noise, "dynamics", horizon, 1), noise_of(noise, "policy", horizon + 1, 1)
-        drawn = self.agent._parts(drawn, "imagine", "noise['policy']")
+        latent = checks.tensor("imagine", "noise['dynamics']", noise_of(noise, "dynamics", horizon, 1))
+        drawn = noise_of(noise, "policy", horizon + 1, 1)
+        parts = [checks.tensor("imagine", "noise['policy']", x) for x in self._parts(drawn, "noise['policy']")]
         weights = [params[network][name] for network, name in self.used]
-        deter, stoch, *actions = self.loop(weights, list(start), [], [latent, *(x[:, :-1] for x in drawn)])
+        deter, stoch, *actions = self.loop(weights, list(start), [x[:, :-1] for x in parts], [latent])
         states = (torch.cat([x.unsqueeze(1), after], 1) for x, after in zip(start, (deter, stoch), strict=True))
         # In the last state there is an action, but no transition.
-        state, noise = RSSMState(deter[:, -1], stoch[:, -1]), self.agent._named([x[:, -1] for x in drawn])
-        last = self._parts(self.policy(params, state, noise))
+        state = RSSMState(deter[:, -1], stoch[:, -1])
+        last = self._parts(self.policy(params, state, tree_map(lambda x: x[:, -1], drawn)))
         actions = [torch.cat([x, y.unsqueeze(1)], 1) for x, y in zip(actions, last, strict=True)]
         return Imagination(RSSMState(*states), self.agent._named(actions))
 
-    def step(self, weights: list[Tensor], carry: list[Tensor], _: list[Tensor], noise: list[Tensor]) -> Any:
+    def step(self, weights: list[Tensor], carry: list[Tensor], drawn: list[Tensor], latent: list[Tensor]) -> Any:
         """One step, as :class:`Loop` takes it."""
         params: dict[str, dict[str, Tensor]] = {"actor": {}, "world_model": {}}
         for (network, name), weight in zip(self.used, weights, strict=True):
             params[network][name] = weight
-        latent, *drawn = noise
         action = self.policy(params, RSSMState(*carry), self.agent._named(drawn))
-        return list(self.dynamics(params, RSSMState(*carry), action, latent)), self._parts(action)
+        return list(self.dynamics(params, RSSMState(*carry), action, *latent)), self._parts(action)
 
     def dynamics(self, params: Any, state: RSSMState, action: Any, noise: Any) -> Any:
         """As :func:`rlloss.imagine` takes it."""
@@ -349,8 +351,8 @@ class _Rollout:
         """As :func:`rlloss.imagine` takes it; without a gradient to the state."""
         return policy_sample(self.functions.actor(params["actor"], RSSMState(*map(torch.detach, state))), noise)
 
-    def _parts(self, action: Any) -> list[Tensor]:
-        return self.agent._parts(action, "imagine", "action")
+    def _parts(self, named: Any, argument: str = "action") -> list[Tensor]:
+        return self.agent._parts(named, "imagine", argument)
 
 
 #: Name of an action that has none.
