@@ -100,6 +100,18 @@ def variant(
     assert calls, "the test takes `variant` but never calls what it gave back"
 
 
+@pytest.fixture
+def counting_backend() -> tuple[Callable[..., Any], list[torch.fx.GraphModule]]:
+    """A compiler that runs graphs as they are, and all that it was given."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    return backend, graphs
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -572,22 +572,12 @@ def test_ensemble_is_a_loop(shared):
         assert_close((tree_map(lambda x, i=i: x[i], gradients), losses[i]), expected)
 
 
-def counting_backend():
-    graphs = []
-
-    def backend(graph, example_inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    return backend, graphs
-
-
 SCALARS = sorted(name for name, value in DREAMER_V3_DEFAULTS.items() if type(value) is float)
 
 
-def test_second_call_does_not_recompile_and_knobs_may_change():
+def test_second_call_does_not_recompile_and_knobs_may_change(counting_backend):
     torch.compiler.reset()
-    backend, graphs = counting_backend()
+    backend, graphs = counting_backend
 
     def step(params, batch, knobs):
         return grad_and_value(lambda params: model_loss(params, batch, **knobs))(params)
@@ -601,9 +591,9 @@ def test_second_call_does_not_recompile_and_knobs_may_change():
 
 
 @pytest.mark.parametrize("mode", ["balanced", "separate"])
-def test_numbers_that_change_recompile_at_most_once(mode):
+def test_numbers_that_change_recompile_at_most_once(mode, counting_backend):
     torch.compiler.reset()
-    backend, graphs = counting_backend()
+    backend, graphs = counting_backend
 
     def step(params, batch, knobs):
         return model_loss(params, batch, kl_mode=mode, **knobs)

@@ -690,14 +690,23 @@ def test_buffers_of_the_slow_critic_are_copied():
 
 
 def test_tied_parameters_of_a_critic():
-    first = nn.Linear(STATE, STATE)
-    second = nn.Linear(STATE, STATE)
-    second.weight = first.weight
-    head = nn.Linear(STATE, 1)
-    model = TensorDictModule(nn.Sequential(first, second, head), in_keys=["state"], out_keys=["state_value"])
-    loss = DreamerV3ValueLoss(model, slow_critic_regularization=1.0)
-    loss(imagined_batch())[0]["loss_value"].backward()
-    loss.update_target()
+    first, head = nn.Linear(STATE, STATE), nn.Linear(STATE, 1)
+    batch, outcomes = imagined_batch(), []
+    for tied in (True, False):
+        layers = nn.Sequential(*map(copy.deepcopy, (first, first, head)))
+        if tied:
+            layers[1].weight = layers[0].weight
+        model = TensorDictModule(layers, in_keys=["state"], out_keys=["state_value"])
+        loss = DreamerV3ValueLoss(model, slow_critic_regularization=1.0)
+        before = loss(batch.copy())[0]["loss_value"]
+        before.backward()
+        weights = {layers[0].weight, layers[1].weight}
+        with torch.no_grad():
+            for weight in weights:
+                weight.add_(0.1)
+        loss.update_target()
+        outcomes.append((before, sum(weight.grad for weight in weights), loss(batch.copy())[0]["loss_value"]))
+    torch.testing.assert_close(outcomes[0], outcomes[1])
 
 
 def test_lazy_critic_takes_its_shapes_from_the_first_batch():

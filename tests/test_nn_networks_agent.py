@@ -202,6 +202,20 @@ def test_a_compiled_rollout_is_one_operation(agent):
     assert seen.count(torch.ops.rlloss_nn.loop.default) == 1
 
 
+def test_agents_are_compiled_one_after_another(unwatched):
+    torch.compiler.reset()
+    for sizes in (SMALL, SMALL, {**SMALL, "hidden": 6}):
+        agent = randomised(Agent((5,), Continuous(2), num_value_bins=7, **sizes))
+        functions, params = agent.functional(step_backend="eager")
+        start, noise = agent.initial(3).state, rollout_noise(agent, 3, 2)
+
+        def imagined(params, start, noise, functions=functions):
+            return functions.rollout(params, start, noise, 2)
+
+        compiled = torch.compile(imagined, backend="eager", fullgraph=True)
+        torch.testing.assert_close(tuple(compiled(params, start, noise)), tuple(imagined(params, start, noise)))
+
+
 @pytest.mark.parametrize("name", ["dynamics", "policy"])
 @pytest.mark.parametrize("compiling", [False, True])
 def test_noise_that_a_rollout_lacks_is_named(agent, name, compiling, monkeypatch):

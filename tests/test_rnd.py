@@ -420,19 +420,9 @@ def test_ensemble_is_a_loop(exact, shared):
     assert not torch.equal(losses[0], losses[1])
 
 
-def counting_backend():
-    graphs = []
-
-    def backend(graph, example_inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    return backend, graphs
-
-
-def test_second_call_does_not_recompile():
+def test_second_call_does_not_recompile(counting_backend):
     torch.compiler.reset()
-    backend, graphs = counting_backend()
+    backend, graphs = counting_backend
 
     def step(pred, target, obs, key, clip):
         def loss(pred):
@@ -725,9 +715,9 @@ def test_known_features_of_a_mapping():
             assert_close(loss, error.mean() if key_mask is None else error[key_mask].mean())
 
 
-def test_ensemble_shares_the_features_of_one_target():
+def test_ensemble_shares_the_features_of_one_target(counting_backend):
     torch.compiler.reset()
-    backend, graphs = counting_backend()
+    backend, graphs = counting_backend
     target, obs = parameters(2), observations(BATCH, OBS)
     features = network(target, obs)
 
@@ -810,9 +800,9 @@ def test_samples_keep_their_layout_in_memory(layout, normalised, dtype, channels
         assert all(x.is_contiguous() for x in seen)
 
 
-def test_compiled_for_any_size_and_layout():
+def test_compiled_for_any_size_and_layout(counting_backend):
     torch.compiler.reset()
-    backend, graphs = counting_backend()
+    backend, graphs = counting_backend
 
     def loss(images, rows):
         return rnd_loss(

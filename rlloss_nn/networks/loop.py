@@ -12,7 +12,7 @@ the step is compiled again at the second; not so with ``torch._functorch.config.
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import accumulate, pairwise
+from itertools import accumulate, count, pairwise
 from typing import Any, TypeAlias
 from weakref import WeakValueDictionary
 
@@ -34,11 +34,10 @@ class Loop:
     """
 
     def __init__(self, step: Step, backend: str):
-        self.step, self.number = step, len(_LOOPS)
-        # The same loop has the same number in another process: compiled code may be kept on disk.
-        while self.number in _LOOPS:
-            self.number += 1
-        _LOOPS[self.number] = self
+        self.step = step
+        # The same loop has the same name in another process: compiled code may be kept on disk.
+        self.name = next(name for name in map(str, count()) if name not in _LOOPS)
+        _LOOPS[self.name] = self
         knobs: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": backend}
         # All loops are the same lines of code, which may be compiled but a few times in all: isolated, where torch can.
         if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
@@ -62,7 +61,7 @@ class Loop:
         """
         kind = weights[0].device.type
         cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        done: list[Tensor] = _loop(self.number, cast, weights, carry, inputs, constants)
+        done: list[Tensor] = _loop(self.name, cast, weights, carry, inputs, constants)
         return done
 
     def _forwards(
@@ -97,8 +96,9 @@ class Loop:
         return [total + grad for total, grad in zip(totals, of_weights, strict=True)], of_carry, of_inputs
 
 
-#: Those there are: an operation takes a number, but no function.
-_LOOPS: WeakValueDictionary[int, Loop] = WeakValueDictionary()
+#: Those there are: an operation takes no function, but a name. A number would not do: once it has changed, as from one
+#: agent to the next, the compiler takes it for a symbol.
+_LOOPS: WeakValueDictionary[str, Loop] = WeakValueDictionary()
 
 
 def _casting(cast: torch.dtype | None, like: Tensor) -> AbstractContextManager[Any]:
@@ -108,14 +108,14 @@ def _casting(cast: torch.dtype | None, like: Tensor) -> AbstractContextManager[A
 
 @torch.library.custom_op("rlloss_nn::loop", mutates_args=())
 def _loop(
-    number: int,
+    name: str,
     cast: torch.dtype | None,
     weights: Sequence[Tensor],
     carry: Sequence[Tensor],
     inputs: Sequence[Tensor],
     constants: Sequence[Tensor],
 ) -> list[Tensor]:
-    run, states, outputs = _LOOPS[number].forwards, [], []
+    run, states, outputs = _LOOPS[name].forwards, [], []
     state = list(carry)
     for inputs_t, constants_t in _steps(inputs, constants):
         state, outputs_t = run(cast, list(weights), state, inputs_t, constants_t)
@@ -125,17 +125,17 @@ def _loop(
 
 
 @_loop.register_fake
-def _(number: int, cast: torch.dtype | None, *parts: Sequence[Tensor]) -> list[Tensor]:
+def _(name: str, cast: torch.dtype | None, *parts: Sequence[Tensor]) -> list[Tensor]:
     weights, carry, inputs, constants = parts
     length = (*inputs, *constants)[0].shape[1]
     first = next(_steps(inputs, constants))
-    state, outputs = _LOOPS[number]._forwards(cast, list(weights), list(carry), *first)
+    state, outputs = _LOOPS[name]._forwards(cast, list(weights), list(carry), *first)
     return [x.new_empty(x.shape[0], length, *x.shape[1:]) for x in [*state, *outputs]]
 
 
 @torch.library.custom_op("rlloss_nn::loop_backward", mutates_args=())
 def _loop_backward(
-    number: int,
+    name: str,
     cast: torch.dtype | None,
     weights: Sequence[Tensor],
     carry: Sequence[Tensor],
@@ -144,7 +144,7 @@ def _loop_backward(
     done: Sequence[Tensor],
     grads: Sequence[Tensor],
 ) -> list[Tensor]:
-    run, size = _LOOPS[number].backwards, len(carry)
+    run, size = _LOOPS[name].backwards, len(carry)
     of_weights, of_carry = [torch.zeros_like(x) for x in weights], [torch.zeros_like(x) for x in carry]
     of_inputs: list[list[Tensor]] = []
     steps = list(_steps(inputs, constants))
@@ -164,13 +164,13 @@ def _loop_backward(
 
 
 @_loop_backward.register_fake
-def _(number: int, cast: torch.dtype | None, *parts: Sequence[Tensor]) -> list[Tensor]:
+def _(name: str, cast: torch.dtype | None, *parts: Sequence[Tensor]) -> list[Tensor]:
     weights, carry, inputs, *_ = parts
     return [x.new_empty(x.shape) for x in [*weights, *carry, *inputs]]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    ctx.number, ctx.cast, *tensors = inputs
+    ctx.name, ctx.cast, *tensors = inputs
     ctx.sizes = [len(x) for x in tensors]
     ctx.save_for_backward(*(x for part in tensors for x in part), *output)
 
@@ -178,7 +178,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     *parts, done = _split(ctx.saved_tensors, ctx.sizes)
     full = [torch.zeros_like(x) if grad is None else grad for grad, x in zip(grads, done, strict=True)]
-    *gradients, _ = _split(_loop_backward(ctx.number, ctx.cast, *parts, done, full), ctx.sizes[:3])
+    *gradients, _ = _split(_loop_backward(ctx.name, ctx.cast, *parts, done, full), ctx.sizes[:3])
     return None, None, *gradients, [None] * ctx.sizes[3]
 
 
