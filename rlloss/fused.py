@@ -332,8 +332,11 @@ class ErrorSum(Reduction):
         return self.dims, self.dims
 
     def pays(self, operand: Tensor) -> bool:
-        """As for every :class:`Reduction`; on a CPU sooner with a symlog, which is a dozen operators with its slope."""
-        sooner = self.symlog_prediction and operand.device.type == "cpu"
+        """As for every :class:`Reduction`; with a symlog, a dozen operators with its slope, sooner on a CPU.
+
+        Not in transforms, which take value and gradients in two passes, each a Function of theirs.
+        """
+        sooner = self.symlog_prediction and operand.device.type == "cpu" and not in_transform()
         return operand.numel() >= max(self.smallest // 16 if sooner else self.smallest, 1)
 
     def traced(self, *operands: Tensor) -> Tensors:

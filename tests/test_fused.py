@@ -372,6 +372,9 @@ def test_errors_of_symlogs_take_it_sooner(symlog, smallest):
     reduction = error_sum(symlog_prediction=symlog, symlog_target=symlog)
     for elements in (smallest - 1, smallest):
         assert fused.has_fast_path(reduction, (torch.zeros(elements),) * 2) == (elements == smallest)
+    taken = []
+    grad(lambda x: taken.append(fused.has_fast_path(reduction, (x, x))) or x.sum())(torch.zeros(2**14))
+    assert taken == [False], "two passes pay later"
 
 
 @pytest.mark.usefixtures("fast")
