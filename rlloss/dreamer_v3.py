@@ -217,6 +217,7 @@ def dreamer_v3_model_loss(
     outputs = world_model(params, _silence(batch))
     unweighted, weights, terms = _model_losses(outputs, batch, k)
     loss = (torch.stack(list(weights.values())) * torch.stack(list(unweighted.values()))).sum()
+    # In a hot path, and `tree_map` takes longer.
     unweighted, terms = ({name: x.detach() for name, x in named.items()} for named in (unweighted, terms))
     return loss, {"losses": unweighted, "terms": terms, "outputs": outputs}
 
@@ -1314,6 +1315,15 @@ def _follow(
     live: Mapping[str, Params], states: Any, noise: Mapping[str, Any], agent: DreamerV3Agent, horizon: int
 ) -> Imagination:
     """Rollouts from all states, [B * T, horizon + 1, *], with no gradient to anything."""
+    start, frozen = tree_map(lambda x: x.detach().flatten(0, 1), states), tree_map(torch.detach, live)
+    if agent.rollout is not None:
+        return Imagination(*(tree_map(torch.detach, x) for x in agent.rollout(frozen, start, noise, horizon)))
+    dynamics, policy = behaviour(agent)
+    return imagine(frozen, start, noise, dynamics=dynamics, policy=policy, horizon=horizon)
+
+
+def behaviour(agent: DreamerV3Agent) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Dynamics and policy of an agent, as :func:`imagine` takes them; for params of all networks."""
 
     def dynamics(params: Params, state: Any, action: Any, noise: Any) -> Any:
         return _plain(agent.dynamics(params["world_model"], state, action, noise))
@@ -1321,10 +1331,7 @@ def _follow(
     def policy(params: Params, state: Any, noise: Any) -> Any:
         return policy_sample(agent.actor(params["actor"], state), noise)
 
-    start, frozen = tree_map(lambda x: x.detach().flatten(0, 1), states), tree_map(torch.detach, live)
-    if agent.rollout is not None:
-        return Imagination(*(tree_map(torch.detach, x) for x in agent.rollout(frozen, start, noise, horizon)))
-    return imagine(frozen, start, noise, dynamics=dynamics, policy=policy, horizon=horizon)
+    return dynamics, policy
 
 
 def _expectations(

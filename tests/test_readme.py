@@ -67,10 +67,10 @@ def test_quickstart_draws(tmp_path: Path, interrupted: bool) -> None:
         pytest.importorskip(module, reason=f"the quickstart needs {module}, of the extra `learning`")
     picture, updates = tmp_path / "picture.png", "1000000" if interrupted else "3"
     command = [sys.executable, "-m", "benchmarks.learning.quickstart", "--steps", "400", "--updates", updates]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     # A shell's background job ignores interrupts, and so would all that it starts.
-    pipes["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen([*command, "--picture", str(picture)], cwd=ROOT, **pipes) as process:  # type: ignore[call-overload]
+    options["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen([*command, "--picture", str(picture)], cwd=ROOT, **options) as process:  # type: ignore[call-overload]
         if interrupted:
             # The bar shows the loss terms from the first update on.
             shown = ""

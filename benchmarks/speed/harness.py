@@ -1,6 +1,5 @@
 """Honest timing: contenders take turns, so that a drifting machine hits all of them; medians and quartiles."""
 
-import gc
 import platform
 import random
 import re
@@ -117,9 +116,6 @@ def first_call(call: Callable[[], object], limit: float) -> First:
     def stop(*_: object) -> None:
         raise TimeoutError
 
-    # What others have left is not to be gone through again whenever garbage is collected.
-    gc.collect()
-    gc.freeze()
     note, start = "", time.perf_counter()
     counters = torch._dynamo.utils.counters
     counters.clear()
@@ -182,7 +178,8 @@ def compare(
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     draws, names = random.Random(0), list(contenders)
-    for repetition in tqdm(_rounds(-warmup, repetitions, seconds), unit="round", leave=False, disable=None):
+    rounds = _rounds(-warmup, repetitions, seconds)
+    for repetition in tqdm(rounds, total=warmup + repetitions, unit="round", leave=False, disable=None):
         for name in draws.sample(names, len(names)):
             start = clock()
             contenders[name]()

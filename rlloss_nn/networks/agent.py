@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from rlloss import checks
-from rlloss.dreamer_v3 import DreamerV3Agent, Imagination, noise_of
+from rlloss.dreamer_v3 import DreamerV3Agent, Imagination, behaviour, noise_of
 from rlloss.dreamer_v3 import imagine as imagine_with
 from rlloss.policy import CategoricalPolicy, NormalPolicy, Policy, bounded_normal, categorical_policy, policy_sample
 from rlloss_nn.functional import functionalize
@@ -312,7 +312,8 @@ class _Rollout:
     """:func:`rlloss.imagine` of an agent as functions, whose steps a compiler takes for one operation."""
 
     def __init__(self, agent: Agent, functions: DreamerV3Agent, backend: str):
-        self.agent, self.functions, self.loop = agent, functions, Loop(self.step, backend)
+        self.agent, self.loop = agent, Loop(self.step, backend)
+        self.dynamics, self.policy = behaviour(functions)
         # Network and name of each weight: all of the actor and of the RSSM, though a step reads no posterior.
         self.used = [("actor", name) for name, _ in agent.actor.named_parameters()]
         names = (name for name, _ in agent.world_model.named_parameters())
@@ -330,7 +331,7 @@ class _Rollout:
         deter, stoch, *actions = self.loop(weights, list(start), [x[:, :-1] for x in parts], [latent])
         states = (torch.cat([x.unsqueeze(1), after], 1) for x, after in zip(start, (deter, stoch), strict=True))
         # In the last state there is an action, but no transition.
-        state = RSSMState(deter[:, -1], stoch[:, -1])
+        state = RSSMState(deter[:, -1].detach(), stoch[:, -1].detach())
         last = self._parts(self.policy(params, state, tree_map(lambda x: x[:, -1], drawn)))
         actions = [torch.cat([x, y.unsqueeze(1)], 1) for x, y in zip(actions, last, strict=True)]
         return Imagination(RSSMState(*states), self.agent._named(actions))
@@ -340,16 +341,9 @@ class _Rollout:
         params: dict[str, dict[str, Tensor]] = {"actor": {}, "world_model": {}}
         for (network, name), weight in zip(self.used, weights, strict=True):
             params[network][name] = weight
-        action = self.policy(params, RSSMState(*carry), self.agent._named(drawn))
+        # As in `imagine`, the policy sees states without their gradient.
+        action = self.policy(params, RSSMState(*map(torch.detach, carry)), self.agent._named(drawn))
         return list(self.dynamics(params, RSSMState(*carry), action, *latent)), self._parts(action)
-
-    def dynamics(self, params: Any, state: RSSMState, action: Any, noise: Any) -> Any:
-        """As :func:`rlloss.imagine` takes it."""
-        return self.functions.dynamics(params["world_model"], state, action, noise)
-
-    def policy(self, params: Any, state: RSSMState, noise: Any) -> Any:
-        """As :func:`rlloss.imagine` takes it; without a gradient to the state."""
-        return policy_sample(self.functions.actor(params["actor"], RSSMState(*map(torch.detach, state))), noise)
 
     def _parts(self, named: Any, argument: str = "action") -> list[Tensor]:
         return self.agent._parts(named, "imagine", argument)
