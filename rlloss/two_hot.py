@@ -64,9 +64,9 @@ def symexp_bins(
         steps = torch.arange(num_bins, dtype=computed, device=device)
         return symexp(low + (high - low) / (num_bins - 1) * steps).to(dtype)
     # Counted from the middle in whole numbers: 0 there is exact, which 1 - k * (1 / k) is not for every k.
-    steps = torch.arange(1 - num_bins % 2, num_bins, 2, dtype=computed, device=device)
-    upper = torch.expm1(high * (steps / (num_bins - 1))).to(dtype)
-    return torch.cat([-upper[num_bins % 2 :].flip(0), upper])
+    steps = torch.arange(1 - num_bins, num_bins, 2, dtype=computed, device=device)
+    centres = high * (steps / (num_bins - 1))
+    return torch.copysign(torch.expm1(centres.abs()), centres).to(dtype)
 
 
 def two_hot_encode(x: Tensor, bins: Tensor) -> Tensor:
@@ -171,18 +171,18 @@ def two_hot_cross_entropy(logits: Tensor, target: Tensor, bins: Tensor) -> Tenso
 
 
 def _cross_entropy(logits: Tensor, pair: Tensor, weights: Tensor) -> tuple[Tensor]:
-    nats = -torch.gather(torch.log_softmax(logits, -1), -1, pair)
-    return (torch.where(weights == 0, 0.0, weights * nats).sum(-1),)
+    log_p = torch.gather(torch.log_softmax(logits, -1), -1, pair)
+    return (-(weights * log_p).masked_fill(weights == 0, 0).sum(-1),)
 
 
 def neighbours(x: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:
     """Indices of the bins below and above each value [..., 2], and their weights [..., 2]."""
     x = x.detach().clamp(bins[0], bins[-1])
-    lower = (torch.searchsorted(bins, x.contiguous(), right=True) - 1).clamp(0, bins.shape[0] - 2)
-    pair = lower[..., None] + torch.arange(2, device=bins.device)
+    upper = torch.searchsorted(bins, x.contiguous(), right=True).clamp(1, bins.shape[0] - 1)
+    pair = torch.stack((upper - 1, upper), -1)
     below, above = bins[pair].unbind(-1)
     # A support may hold a value twice, as the author's even grids hold zero; its pair is never chosen but by NaN.
-    return pair, torch.stack((above - x, x - below), -1) / (above - below)[..., None]
+    return pair, torch.stack((above - x, x - below), -1) / (above - below).unsqueeze(-1)
 
 
 def _bins(function: str, bins: Tensor) -> Tensor:
