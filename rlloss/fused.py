@@ -471,7 +471,7 @@ class Divergence(Reduction):
     dims: int  # 1: a value for each categorical; 2: for their sum over groups
     mix: float = 0.0
     live = 2
-    scratch = 4
+    scratch = 5
 
     def trailing(self) -> tuple[int, ...]:
         """As for every :class:`Reduction`."""
@@ -483,35 +483,33 @@ class Divergence(Reduction):
 
     def prepare(self, rows: Tensors, scratch: Tensors) -> None:
         """As for every :class:`Reduction`."""
-        p, q, excess, log_ratio = scratch
+        p, q, excess, log_ratio, mixed = scratch
         if self.mix:
+            uniform = p.new_full((), 1 / p.shape[-1])
+            torch.lerp(torch.softmax(rows[0], -1, out=p), uniform, self.mix, out=mixed)
+            torch.lerp(torch.softmax(rows[1], -1, out=q), uniform, self.mix, out=excess)
             # The quotient of the mixtures less 1, for log1p takes less time than log, and a slope by a softmax's logits
             # does not see the 1.
-            torch.sub(torch.softmax(rows[0], -1, out=p), torch.softmax(rows[1], -1, out=q), out=excess)
-            torch.log1p(excess.div_(torch.add(q, self._share(q), out=log_ratio)), out=log_ratio)
+            torch.addcdiv(p.new_full((), -1.0), mixed, excess, out=excess)
+            torch.log1p(excess, out=log_ratio)
         else:
             self._log_ratio(rows, p, log_ratio)
 
     def value(self, rows: Tensors, scratch: Tensors, out: Tensor) -> None:
         """As for every :class:`Reduction`."""
-        p, log_ratio = scratch[0].flatten(1), scratch[3].flatten(1)
-        torch.linalg.vecdot(p, log_ratio, out=out)
-        if self.mix:
-            out.mul_(1 - self.mix).add_(log_ratio.sum(1), alpha=self.mix / scratch[0].shape[-1])
+        p, _, _, log_ratio, mixed = scratch
+        torch.mul(mixed if self.mix else p, log_ratio, out=mixed)
+        torch.sum(mixed.flatten(1), 1, out=out)
 
     def slope(self, rows: Tensors, scratch: Tensors, out: Sequence[Tensor | None]) -> None:
         """As for every :class:`Reduction`."""
-        p, q, excess, log_ratio = scratch
+        p, q, excess, log_ratio, _ = scratch
         if out[1] is not None and self.mix:
             _softmax_slope(excess, q, out[1])
         elif out[1] is not None:
             torch.softmax(rows[1], -1, out=out[1]).sub_(p)
         if out[0] is not None:  # last, for this may be the memory of p
             _softmax_slope(log_ratio, p, out[0])
-
-    def _share(self, p: Tensor) -> float:
-        """Of the uniform distribution in one class of a mixture in which ``p`` weighs 1."""
-        return math.inf if self.mix == 1 else self.mix / (1 - self.mix) / p.shape[-1]
 
     def _log_ratio(self, rows: Tensors, p: Tensor, out: Tensor) -> None:
         """Write the posterior's probabilities, and log(p / q), which is 0 where p is: 0 log 0 is 0."""
