@@ -156,8 +156,8 @@ def categorical_kl_terms(
     posterior_logits, prior_logits = _posterior_and_prior(function, posterior_logits, prior_logits)
     checks.knob(function, "free_nats", free_nats, 0.0)
     checks.knob(function, "unimix", unimix, 0.0, 1.0)
-    representation, dynamics = _divergences(posterior_logits, prior_logits, unimix, 2)
-    return _at_least(dynamics, free_nats), _at_least(representation, free_nats)
+    of_posterior, of_prior = _at_least(_divergences(posterior_logits, prior_logits, unimix, 2), free_nats)
+    return of_prior, of_posterior
 
 
 def categorical_entropy(logits: Tensor) -> Tensor:
@@ -223,8 +223,8 @@ def straight_through_one_hot(logits: Tensor, noise: Tensor) -> Tensor:
 
 def balanced_kl(posterior: Tensor, prior: Tensor, alpha: Scalar, free_bits: Scalar, mix: Scalar = 0.0) -> Tensor:
     """[..., groups]: what :func:`categorical_kl_balanced` averages, of mixtures with ``mix``; for checked logits."""
-    trains_posterior, trains_prior = _divergences(posterior, prior, mix, 1)
-    return alpha * _at_least(trains_prior, free_bits) + (1 - alpha) * _at_least(trains_posterior, free_bits)
+    trains_posterior, trains_prior = _at_least(_divergences(posterior, prior, mix, 1), free_bits)
+    return alpha * trains_prior + (1 - alpha) * trains_posterior
 
 
 def _divergences(posterior: Tensor, prior: Tensor, mix: Scalar, dims: int) -> tuple[Tensor, Tensor]:
@@ -259,10 +259,11 @@ def _weigh(p: Tensor, x: Tensor) -> Tensor:
     return p * torch.where(p == 0, 0.0, x)
 
 
-def _at_least(x: Tensor, floor: Scalar) -> Tensor:
+def _at_least(pair: tuple[Tensor, Tensor], floor: Scalar) -> tuple[Tensor, Tensor]:
     if not isinstance(floor, Tensor) and floor == 0:
-        return x
-    return torch.maximum(x, checks.scalar_like(x, floor))
+        return pair
+    least = checks.scalar_like(pair[0], floor)
+    return torch.maximum(pair[0], least), torch.maximum(pair[1], least)
 
 
 #: The least share of the uniform distribution that keeps every probability, and the quotient of two, a normal number.

@@ -1,7 +1,7 @@
 r"""DreamerV3's losses, of the world model and of the behaviour: terms on tensors, and losses on parameters."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
 
@@ -168,8 +168,8 @@ def dreamer_v3_model_losses(
         (tensor(0.5000), tensor(2.4023))
     """
     k = _knobs_for(batch, knobs)
-    unweighted, weights, terms = _model_losses(outputs, batch, k)
-    return {name: weights[name] * loss for name, loss in unweighted.items()}, unweighted, terms
+    weighted, unweighted, terms = _model_losses(outputs, batch, k)
+    return _named(weighted, terms), _named(unweighted, terms), terms
 
 
 def dreamer_v3_model_loss(
@@ -215,11 +215,10 @@ def dreamer_v3_model_loss(
     checks.function_of(FUNCTION, "world_model", world_model, "(params, batch) -> outputs")
     k = _knobs_for(batch, knobs)
     outputs = world_model(params, _silence(batch))
-    unweighted, weights, terms = _model_losses(outputs, batch, k)
-    loss = (torch.stack(list(weights.values())) * torch.stack(list(unweighted.values()))).sum()
-    # In a hot path, and `tree_map` takes longer.
-    unweighted, terms = ({name: x.detach() for name, x in named.items()} for named in (unweighted, terms))
-    return loss, {"losses": unweighted, "terms": terms, "outputs": outputs}
+    weighted, unweighted, terms = _model_losses(outputs, batch, k)
+    losses = dict(zip(terms, unweighted.detach().unbind(), strict=True))
+    terms = {name: x.detach() for name, x in terms.items()}
+    return weighted.sum(), {"losses": losses, "terms": terms, "outputs": outputs}
 
 
 FUNCTION = "dreamer_v3_model_loss"
@@ -229,13 +228,21 @@ WHY_CONTINUE = "lambda_continue > 0 asks for it; set lambda_continue=0 to train 
 
 def _model_losses(
     outputs: Mapping[str, Any], batch: Batch, k: Mapping[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Losses with their weights and without, [terms] each, and the terms: one operator for all of them."""
     terms = _model_terms(outputs, batch, k)
-    mask = batch["mask"] if checks.has(batch, "mask") else None
-    unweighted = {name: _mean(term, mask) for name, term in terms.items()}
+    stacked = torch.stack(list(terms.values()))
+    steps = stacked.numel() // len(terms)
+    number = batch["mask"].sum().clamp_min(1) if checks.has(batch, "mask") else max(steps, 1)
+    losses = stacked.reshape(len(terms), steps).sum(1) / number
     # Tensors, for where a loss has a number as a factor, jvp(grad) of a function that casts it fails in the backward.
-    weights = {name: checks.scalar_like(loss, _weight(name, k)) for name, loss in unweighted.items()}
-    return unweighted, weights, terms
+    weights = torch.stack([checks.scalar_like(losses, _weight(name, k)) for name in terms])
+    return weights * losses, losses, terms
+
+
+def _named(losses: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
+    # Copies, for a loss may be added to in place, and what unbind returns may not.
+    return {name: loss.clone() for name, loss in zip(names, losses.unbind(), strict=True)}
 
 
 def _model_terms(outputs: Mapping[str, Any], batch: Batch, k: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -348,7 +355,7 @@ def _continue_term(outputs: Mapping[str, Any], batch: Batch, steps: _Steps, k: M
     logits = checks.floating(FUNCTION, "continue_logits", _output(outputs, "continue_logits", WHY_CONTINUE))
     logits = steps.keep(steps.scalar("continue_logits", logits))
     target: Tensor = (~steps.scalar("terminated", terminated)).to(logits.dtype) * k["continue_target_scale"]
-    return -(target * logsigmoid(logits) + (1 - target) * logsigmoid(-logits))
+    return (target - 1) * logsigmoid(-logits) - target * logsigmoid(logits)
 
 
 def _output(outputs: Mapping[str, Any], key: str, why: str = "") -> Any:

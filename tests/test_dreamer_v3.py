@@ -221,6 +221,19 @@ def test_torchrl_options(golden, case, dtype):
         relative(gradients[key.removeprefix(f"{case}.grad.")], data[key], 1e-5)
 
 
+def test_losses_can_be_added_up_in_place():
+    outputs = {name: x.requires_grad_() for name, x in make_outputs(1, torch.float64).items()}
+    wanted, _ = dreamer_v3_model_loss(outputs, make_batch(), world_model=lambda params, batch: params, **KNOBS)
+    weighted, unweighted, _ = dreamer_v3_model_losses(outputs, make_batch(), **KNOBS)
+    total = weighted.pop("kl")
+    for loss in weighted.values():
+        total += loss
+    unweighted["kl"] += 1
+    assert_close(total, wanted)
+    gradients = torch.autograd.grad(wanted, outputs.values()), torch.autograd.grad(total, outputs.values())
+    assert_close(*gradients)
+
+
 def complete(lead, outputs, batch):
     """The rest of a call with leading dimensions ``lead``, in which only one term matters."""
     logits = torch.zeros(*lead, 1, 2)
