@@ -295,7 +295,8 @@ def draw_losses(axes: Any, history: list[dict[str, float]]) -> None:
         axes.plot(np.arange(len(values)) + window, values, label=labels.get(term, term))
     axes.set(title="Loss terms (unweighted, moving mean)", xlabel="update", yscale="log")
     if history:
-        axes.legend(fontsize=8)
+        axes.margins(y=0.25)  # room for the legend
+        axes.legend(fontsize=8, ncols=2, loc="upper right")
 
 
 def draw_open_loop(axes: Any, learner: Learner, probe: Probe, labels: list[str]) -> None:
