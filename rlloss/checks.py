@@ -71,8 +71,9 @@ def boolean(function: str, argument: str, x: object, guess: str = "") -> Tensor:
 
 
 def _computed(x: Tensor) -> Tensor:
+    dtype = compute_dtype(x)
     # A conversion to the dtype that a tensor has already takes as long as the rest of a check.
-    return x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

@@ -216,8 +216,7 @@ def dreamer_v3_model_loss(
     k = _knobs_for(batch, knobs)
     outputs = world_model(params, _silence(batch))
     weighted, unweighted, terms = _model_losses(outputs, batch, k)
-    losses = dict(zip(terms, unweighted.detach().unbind(), strict=True))
-    terms = {name: x.detach() for name, x in terms.items()}
+    losses, terms = _named(unweighted.detach(), terms), {name: x.detach() for name, x in terms.items()}
     return weighted.sum(), {"losses": losses, "terms": terms, "outputs": outputs}
 
 
@@ -406,16 +405,12 @@ def _silence(batch: Batch) -> Batch:
     return tree_map(silence, batch)
 
 
-def _mean(term: Tensor, mask: Tensor | None) -> Tensor:
-    number = max(term.numel(), 1) if mask is None else mask.sum().clamp_min(1)
-    return term.sum() / number
-
-
 def reduced(terms: Tensor, reduction: str) -> Tensor:
     """The terms as ``reduction``, one of ``REDUCTIONS``, says; the mean of none is 0."""
     if reduction == "none":
         return terms
-    return _mean(terms, None) if reduction == "mean" else terms.sum()
+    total = terms.sum()
+    return total / max(terms.numel(), 1) if reduction == "mean" else total
 
 
 def _weight(name: str, k: Mapping[str, Any]) -> Scalar:
@@ -713,7 +708,7 @@ def dreamer_v3_actor_loss(
     policy = actor(params, _without_last(function, "features", batch, weight))
     action = _without_last(function, "action", batch, weight) if estimator == "score" else None
     parts = _Actor(function, entropy, estimator, advantage_stats).parts(policy, action, advantage, weight)
-    return _mean(parts["terms"], None), tree_map(torch.detach, parts)
+    return reduced(parts["terms"], "mean"), tree_map(torch.detach, parts)
 
 
 def dreamer_v3_value_terms(
@@ -1034,9 +1029,9 @@ def dreamer_v3_loss(
 
     imagined = {"features": rollout.states, "action": rollout.actions, **targets._asdict()}
     actor_loss, actor_aux = dreamer_v3_actor_loss(live["actor"], imagined, actor=agent.actor, entropy=entropy)
-    value_loss = _mean(
+    value_loss = reduced(
         dreamer_v3_value_terms(logits[:, :-1], slow, targets.returns, targets.weight, slow_weight=slow_weight),
-        None,
+        "mean",
     )
     replay_loss, _ = dreamer_v3_replay_value_loss(
         live["critic"],

@@ -81,7 +81,7 @@ class Reduction:
         raise NotImplementedError
 
     def value(self, rows: Tensors, scratch: Tensors, out: Tensor) -> None:
-        """Write the value of each row into ``out`` [rows], and leave what is prepared as it is."""
+        """Write the value of each row into ``out`` [rows], and leave what :meth:`slope` reads as it is."""
         raise NotImplementedError
 
     def factors(self) -> tuple[float, ...]:

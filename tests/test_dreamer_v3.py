@@ -223,12 +223,14 @@ def test_torchrl_options(golden, case, dtype):
 
 def test_losses_can_be_added_up_in_place():
     outputs = {name: x.requires_grad_() for name, x in make_outputs(1, torch.float64).items()}
-    wanted, _ = dreamer_v3_model_loss(outputs, make_batch(), world_model=lambda params, batch: params, **KNOBS)
+    wanted, aux = dreamer_v3_model_loss(outputs, make_batch(), world_model=lambda params, batch: params, **KNOBS)
     weighted, unweighted, _ = dreamer_v3_model_losses(outputs, make_batch(), **KNOBS)
     total = weighted.pop("kl")
     for loss in weighted.values():
         total += loss
     unweighted["kl"] += 1
+    aux["losses"]["kl"] += wanted
+    assert_close(aux["losses"]["kl"], wanted + unweighted["kl"] - 1)
     assert_close(total, wanted)
     gradients = torch.autograd.grad(wanted, outputs.values()), torch.autograd.grad(total, outputs.values())
     assert_close(*gradients)
