@@ -24,7 +24,7 @@ from rlloss.policy import (
 from rlloss.returns import lambda_return
 from rlloss.statistics import ReturnRange, return_range_scale, return_range_update
 from rlloss.transforms import symlog
-from rlloss.two_hot import neighbours, symexp_bins, two_hot_cross_entropy, two_hot_decode
+from rlloss.two_hot import bins_for, neighbours, two_hot_cross_entropy, two_hot_decode
 from rlloss.types import ApplyFn, Batch, Params, Scalar
 
 if TYPE_CHECKING:
@@ -345,8 +345,7 @@ def _reward_term(outputs: Mapping[str, Any], batch: Batch, steps: _Steps, k: Map
     guess = "Set num_reward_bins to the width of the head, or reward_two_hot=False for a scalar prediction."
     checks.last_dimension(FUNCTION, "the reward prediction", prediction, k["num_reward_bins"], guess)
     checks.leading_shape(FUNCTION, "the reward prediction", prediction, "the latent logits", steps.shape)
-    bins = symexp_bins(k["num_reward_bins"], dtype=prediction.dtype, device=prediction.device)
-    return two_hot_cross_entropy(steps.keep(prediction), reward, bins)
+    return two_hot_cross_entropy(steps.keep(prediction), reward, bins_for(prediction))
 
 
 def _continue_term(outputs: Mapping[str, Any], batch: Batch, steps: _Steps, k: Mapping[str, Any]) -> Tensor:
@@ -1262,7 +1261,7 @@ class _Critic(NamedTuple):
 
     def _bins(self, prediction: Tensor) -> Tensor:
         if self.bins is None:
-            return symexp_bins(prediction.shape[-1], dtype=prediction.dtype, device=prediction.device)
+            return bins_for(prediction)
         return self.bins.detach().to(prediction.dtype).contiguous()
 
 
@@ -1350,5 +1349,4 @@ def _expectations(
 
 
 def _decode(logits: Tensor) -> Tensor:
-    bins = symexp_bins(logits.shape[-1], dtype=checks.compute_dtype(logits), device=logits.device)
-    return two_hot_decode(logits, bins)
+    return two_hot_decode(logits, bins_for(logits.to(checks.compute_dtype(logits))))

@@ -1,5 +1,6 @@
 r"""Regression as classification: a scalar as a distribution over fixed bins."""
 
+import functools
 import math
 import numbers
 
@@ -173,6 +174,19 @@ def two_hot_cross_entropy(logits: Tensor, target: Tensor, bins: Tensor) -> Tenso
 def _cross_entropy(logits: Tensor, pair: Tensor, weights: Tensor) -> tuple[Tensor]:
     log_p = torch.gather(torch.log_softmax(logits, -1), -1, pair)
     return (-(weights * log_p).masked_fill(weights == 0, 0).sum(-1),)
+
+
+def bins_for(logits: Tensor) -> Tensor:
+    """:func:`symexp_bins` for logits of at least float32: as many, in their dtype and on their device."""
+    if torch.compiler.is_compiling() or fused.in_transform() or type(logits) is not Tensor or not logits.is_cpu:
+        return symexp_bins(logits.shape[-1], dtype=logits.dtype, device=logits.device)
+    # The same numbers each time, of operators so small that finding them again takes longest: copied instead.
+    return torch.frombuffer(bytearray(_bytes_of_bins(logits.shape[-1], logits.dtype)), dtype=logits.dtype)
+
+
+@functools.cache
+def _bytes_of_bins(num_bins: int, dtype: torch.dtype) -> bytes:
+    return bytes(symexp_bins(num_bins, dtype=dtype, device="cpu").untyped_storage())
 
 
 def neighbours(x: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from rlloss.dreamer_v3 import (
     reduced,
 )
 from rlloss.optim import ema_update
-from rlloss.two_hot import symexp_bins, two_hot_decode
+from rlloss.two_hot import bins_for, symexp_bins, two_hot_decode
 from rlloss.types import ApplyFn, Params, Scalar
 from rlloss_nn.dreamer_v3_actor import DreamerV3ActorLoss
 from rlloss_nn.functional import functionalize
@@ -336,4 +336,4 @@ class DreamerV3ValueLoss(LossModule):
 
 def _value(logits: Tensor) -> Tensor:
     logits = logits.to(checks.compute_dtype(logits))
-    return two_hot_decode(logits, symexp_bins(logits.shape[-1], dtype=logits.dtype, device=logits.device))
+    return two_hot_decode(logits, bins_for(logits))

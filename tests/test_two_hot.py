@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing import assert_close
 
 from rlloss import symexp, symexp_bins, symlog, two_hot_cross_entropy, two_hot_decode, two_hot_encode
+from rlloss.two_hot import bins_for
 
 TOLERANCE = {torch.float64: {"rtol": 1e-6, "atol": 1e-9}, torch.float32: {"rtol": 1e-5, "atol": 1e-6}}
 GRID = [-5.0, -2.0, -0.5, 0.0, 1.0, 10.0]
@@ -135,6 +137,29 @@ def test_bins_errors(arguments, error, text):
 
 def test_bins_in_float16_where_they_are_finite():
     assert symexp_bins(41, -11.0, 11.0, dtype=torch.float16).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("num_bins", [2, 16, 255])
+def test_bins_for_logits_are_the_same_bins(variant, num_bins, dtype):
+    logits = torch.zeros(3, num_bins, dtype=dtype)
+    expected = symexp_bins(num_bins, dtype=dtype).expand(3, -1)
+    assert_close(variant(lambda x: x + bins_for(x))(logits), expected, rtol=0, atol=0)
+
+
+def test_bins_for_logits_are_nobody_elses():
+    bins_for(torch.zeros(9)).fill_(0.0)
+    assert torch.equal(bins_for(torch.zeros(9)), symexp_bins(9))
+
+
+def test_bins_for_logits_of_every_kind():
+    parameter, meta = torch.nn.Parameter(torch.zeros(9)), torch.zeros(9, device="meta")
+    assert torch.equal(bins_for(parameter), symexp_bins(9))
+    assert bins_for(meta).device.type == "meta"
+    with FakeTensorMode() as mode:
+        assert isinstance(bins_for(mode.from_tensor(torch.zeros(9))), FakeTensor)
+    with pytest.raises(ValueError, match=r"^symexp_bins: num_bins must be at least 2, got 1"):
+        bins_for(torch.zeros(3, 1))
 
 
 # Encode
