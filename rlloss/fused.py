@@ -55,8 +55,6 @@ class Reduction:
 
     formula: Callable[..., Tensors]  # operands -> ``live`` tensors [...]; its derivatives define those of any order
     live = 1
-    scratch = 0  # how many tensors like a block of the first operand it writes into, at least ``live``
-    block = 2**18  # elements of the first operand in a block: with the scratch, it stays in the cache
     smallest = 2**16  # elements of the first operand from which on the fast path pays
     integers: ClassVar[tuple[torch.dtype, ...]] = ()  # dtypes it reads, besides one of floats
     any_layout = False  # whether its kernels are right for a gradient that is not contiguous
@@ -64,6 +62,16 @@ class Reduction:
     def trailing(self) -> tuple[int, ...]:
         """How many dimensions of each operand are one row."""
         raise NotImplementedError
+
+    @property
+    def scratch(self) -> int:
+        """How many tensors like a block of the first operand it writes into, at least ``live``."""
+        raise NotImplementedError
+
+    @property
+    def block(self) -> int:
+        """Elements of the first operand in a block: with the scratch, it stays in the cache."""
+        return 2**18
 
     def pays(self, operand: Tensor) -> bool:
         """Whether the fast path takes less time than the formula where the first operand is of that size."""
@@ -105,17 +113,17 @@ def reduce(reduction: Reduction, *operands: Tensor) -> Tensors:
 
 def has_fast_path(reduction: Reduction, operands: Tensors) -> bool:
     """The table at the head of this file."""
-    if not reduction.pays(operands[0]):
+    first = operands[0]
+    if not reduction.pays(first) or cannot_be_saved(operands):
         return False
-    if cannot_be_saved(operands):
-        return False
-    dtypes = {x.dtype for x in operands} - set(reduction.integers)
-    devices = {x.device.type for x in operands}
-    if len(dtypes) != 1 or any(type(x) not in (Tensor, torch.nn.Parameter) for x in operands):
-        return False
-    if devices == {"cuda"}:
-        return dtypes == {torch.float32} and has_triton()
-    return devices == {"cpu"} and dtypes <= {torch.float32, torch.float64}
+    for x in operands:
+        if type(x) not in (Tensor, torch.nn.Parameter) or x.device != first.device:
+            return False
+        if x.dtype != first.dtype and x.dtype not in reduction.integers:
+            return False
+    if first.is_cuda:
+        return first.dtype == torch.float32 and has_triton()
+    return first.is_cpu and first.dtype in (torch.float32, torch.float64)
 
 
 def _backward_follows(reduction: Reduction, operands: Tensors) -> bool:
@@ -317,8 +325,6 @@ class ErrorSum(Reduction):
     absolute: bool = False
     symlog_prediction: bool = False
     symlog_target: bool = False
-    scratch = 3
-    block = 2**19
     smallest = 2**18
     integers = (torch.uint8,)
     any_layout = True
@@ -330,6 +336,16 @@ class ErrorSum(Reduction):
     def trailing(self) -> tuple[int, ...]:
         """As for every :class:`Reduction`."""
         return self.dims, self.dims
+
+    @property
+    def scratch(self) -> int:
+        """As for every :class:`Reduction`."""
+        return 4 if self.symlog_prediction or self.symlog_target else 2
+
+    @property
+    def block(self) -> int:
+        """As for every :class:`Reduction`."""
+        return 2**20 // self.scratch
 
     def pays(self, operand: Tensor) -> bool:
         """As for every :class:`Reduction`; with a symlog, a dozen operators with its slope, sooner on a CPU.
@@ -348,11 +364,17 @@ class ErrorSum(Reduction):
 
     def prepare(self, rows: Tensors, scratch: Tensors) -> None:
         """As for every :class:`Reduction`."""
-        (prediction, target), (error, other, sign) = rows, scratch
+        (prediction, target), (error, other) = rows, scratch[:2]
         if self.symlog_prediction:
-            _symlog(prediction, error, sign).sub_(self._target(target, other, sign))
+            sign, magnitude = scratch[2:]
+            torch.abs(prediction, out=magnitude)
+            # A product with the sign takes less time than `copysign`.
+            prediction = torch.log1p(magnitude, out=error).mul_(torch.sign(prediction, out=sign))
+        if self.symlog_target and target.dtype != torch.uint8:
+            torch.abs(target, out=other).log1p_()
+            torch.addcmul(prediction, other, torch.sign(target, out=scratch[2]), value=-1, out=error)
         else:
-            torch.sub(prediction, self._target(target, other, sign), out=error)
+            torch.sub(prediction, self._bytes(target, other), out=error)
 
     def value(self, rows: Tensors, scratch: Tensors, out: Tensor) -> None:
         """As for every :class:`Reduction`."""
@@ -367,20 +389,21 @@ class ErrorSum(Reduction):
 
     def slope(self, rows: Tensors, scratch: Tensors, out: Sequence[Tensor | None]) -> None:
         """As for every :class:`Reduction`."""
-        error, other, _ = scratch
+        error = scratch[0]
         if out[0] is None:
             return
         if self.absolute:
             error.sgn_()
         if self.symlog_prediction:
-            torch.div(error, torch.abs(rows[0], out=other).add_(1), out=out[0])
+            magnitude = scratch[3]
+            torch.div(error, magnitude.add_(1), out=out[0])
         elif out[0] is not error:
             out[0].copy_(error)
 
-    def _target(self, target: Tensor, out: Tensor, sign: Tensor) -> Tensor:
-        """``target``, or what becomes of it, in ``out``; bytes become floats in [0, 1]."""
+    def _bytes(self, target: Tensor, out: Tensor) -> Tensor:
+        """Bytes as floats in [0, 1], or the symlogs of those, in ``out``; all else as it is."""
         if target.dtype != torch.uint8:
-            return _symlog(target, out, sign) if self.symlog_target else target
+            return target
         out.copy_(target).div_(255)
         return out.log1p_() if self.symlog_target else out
 
@@ -522,11 +545,6 @@ class Divergence(Reduction):
 def _softmax_slope(slope: Tensor, probabilities: Tensor, out: Tensor) -> Tensor:
     """``slope`` by the probabilities as one by the logits."""
     return torch._softmax_backward_data(slope, probabilities, -1, slope.dtype, grad_input=out)
-
-
-def _symlog(x: Tensor, out: Tensor, sign: Tensor) -> Tensor:
-    """Into ``out``; a product with the sign takes less time than ``copysign``."""
-    return torch.abs(x, out=out).log1p_().mul_(torch.sign(x, out=sign))
 
 
 def _kernels() -> Any:

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 #: that the caller has just made, never into the rows; and the passes of a recurrence, into their own results.
 #: tests/test_fused.py and tests/test_recurrence.py check that no argument changes.
 KERNELS = {
-    "fused.py": {"prepare", "value", "slope", "_target", "_log_ratio", "_softmax_slope", "_symlog", "_scale"},
+    "fused.py": {"prepare", "value", "slope", "_bytes", "_log_ratio", "_softmax_slope", "_scale"},
     "recurrence.py": {"forward", "backward"},
 }
 
