@@ -168,8 +168,8 @@ def dreamer_v3_model_losses(
         (tensor(0.5000), tensor(2.4023))
     """
     k = _knobs_for(batch, knobs)
-    weighted, unweighted, terms = _model_losses(outputs, batch, k)
-    return _named(weighted, terms), _named(unweighted, terms), terms
+    weights, losses, terms = _model_losses(outputs, batch, k)
+    return _named(weights * losses, terms), _named(losses, terms), terms
 
 
 def dreamer_v3_model_loss(
@@ -215,9 +215,9 @@ def dreamer_v3_model_loss(
     checks.function_of(FUNCTION, "world_model", world_model, "(params, batch) -> outputs")
     k = _knobs_for(batch, knobs)
     outputs = world_model(params, _silence(batch))
-    weighted, unweighted, terms = _model_losses(outputs, batch, k)
-    losses, terms = _named(unweighted.detach(), terms), {name: x.detach() for name, x in terms.items()}
-    return weighted.sum(), {"losses": losses, "terms": terms, "outputs": outputs}
+    weights, losses, terms = _model_losses(outputs, batch, k)
+    logged, terms = _named(losses.detach(), terms), {name: x.detach() for name, x in terms.items()}
+    return weights.dot(losses), {"losses": logged, "terms": terms, "outputs": outputs}
 
 
 FUNCTION = "dreamer_v3_model_loss"
@@ -228,15 +228,14 @@ WHY_CONTINUE = "lambda_continue > 0 asks for it; set lambda_continue=0 to train 
 def _model_losses(
     outputs: Mapping[str, Any], batch: Batch, k: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Losses with their weights and without, [terms] each, and the terms: one operator for all of them."""
+    """Weights and losses, [terms] each, and the terms: one operator for all of them."""
     terms = _model_terms(outputs, batch, k)
     stacked = torch.stack(list(terms.values()))
     steps = stacked.numel() // len(terms)
     number = batch["mask"].sum().clamp_min(1) if checks.has(batch, "mask") else max(steps, 1)
     losses = stacked.reshape(len(terms), steps).sum(1) / number
     # Tensors, for where a loss has a number as a factor, jvp(grad) of a function that casts it fails in the backward.
-    weights = torch.stack([checks.scalar_like(losses, _weight(name, k)) for name in terms])
-    return weights * losses, losses, terms
+    return torch.stack([checks.scalar_like(losses, _weight(name, k)) for name in terms]), losses, terms
 
 
 def _named(losses: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
