@@ -1,7 +1,7 @@
 r"""DreamerV3's losses, of the world model and of the behaviour: terms on tensors, and losses on parameters."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
 
@@ -168,8 +168,11 @@ def dreamer_v3_model_losses(
         (tensor(0.5000), tensor(2.4023))
     """
     k = _knobs_for(batch, knobs)
-    weights, losses, terms = _model_losses(outputs, batch, k)
-    return _named(weights * losses, terms), _named(losses, terms), terms
+    terms = _model_terms(outputs, batch, k)
+    # One by one: each can be differentiated without the others.
+    unweighted = {name: term.sum() / _number_of_steps(batch, term.numel()) for name, term in terms.items()}
+    weighted = {name: _weight(name, loss, k) * loss for name, loss in unweighted.items()}
+    return weighted, unweighted, terms
 
 
 def dreamer_v3_model_loss(
@@ -215,32 +218,19 @@ def dreamer_v3_model_loss(
     checks.function_of(FUNCTION, "world_model", world_model, "(params, batch) -> outputs")
     k = _knobs_for(batch, knobs)
     outputs = world_model(params, _silence(batch))
-    weights, losses, terms = _model_losses(outputs, batch, k)
-    logged, terms = _named(losses.detach(), terms), {name: x.detach() for name, x in terms.items()}
+    terms = _model_terms(outputs, batch, k)
+    stacked = torch.stack(list(terms.values())).reshape(len(terms), -1)
+    losses = stacked.sum(1) / _number_of_steps(batch, stacked.shape[1])
+    weights = torch.stack([_weight(name, losses, k) for name in terms])
+    # Copies, for a loss may be added to in place, and what unbind returns may not.
+    logged = {name: loss.clone() for name, loss in zip(terms, losses.detach().unbind(), strict=True)}
+    terms = {name: term.detach() for name, term in terms.items()}
     return weights.dot(losses), {"losses": logged, "terms": terms, "outputs": outputs}
 
 
 FUNCTION = "dreamer_v3_model_loss"
 SHARES = ("kl_alpha", "unimix", "continue_target_scale")  # knobs in [0, 1]
 WHY_CONTINUE = "lambda_continue > 0 asks for it; set lambda_continue=0 to train without."
-
-
-def _model_losses(
-    outputs: Mapping[str, Any], batch: Batch, k: Mapping[str, Any]
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Weights and losses, [terms] each, and the terms: one operator for all of them."""
-    terms = _model_terms(outputs, batch, k)
-    stacked = torch.stack(list(terms.values()))
-    steps = stacked.numel() // len(terms)
-    number = batch["mask"].sum().clamp_min(1) if checks.has(batch, "mask") else max(steps, 1)
-    losses = stacked.reshape(len(terms), steps).sum(1) / number
-    # Tensors, for where a loss has a number as a factor, jvp(grad) of a function that casts it fails in the backward.
-    return torch.stack([checks.scalar_like(losses, _weight(name, k)) for name in terms]), losses, terms
-
-
-def _named(losses: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
-    # Copies, for a loss may be added to in place, and what unbind returns may not.
-    return {name: loss.clone() for name, loss in zip(names, losses.unbind(), strict=True)}
 
 
 def _model_terms(outputs: Mapping[str, Any], batch: Batch, k: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -411,9 +401,15 @@ def reduced(terms: Tensor, reduction: str) -> Tensor:
     return total / max(terms.numel(), 1) if reduction == "mean" else total
 
 
-def _weight(name: str, k: Mapping[str, Any]) -> Scalar:
+def _number_of_steps(batch: Batch, steps: int) -> Any:
+    """How many of the steps count, at least 1."""
+    return batch["mask"].sum().clamp_min(1) if checks.has(batch, "mask") else max(steps, 1)
+
+
+def _weight(name: str, loss: Tensor, k: Mapping[str, Any]) -> Tensor:
+    """A tensor: where a loss has a number as a factor, jvp(grad) of a function that casts it fails in the backward."""
     weight: Scalar = k[f"lambda_{name}"]
-    return k["lambda_kl"] * weight if name in ("dynamic", "representation") else weight
+    return checks.scalar_like(loss, k["lambda_kl"] * weight if name in ("dynamic", "representation") else weight)
 
 
 def _wanted(weight: Scalar) -> bool:
@@ -1348,4 +1344,5 @@ def _expectations(
 
 
 def _decode(logits: Tensor) -> Tensor:
-    return two_hot_decode(logits, bins_for(logits.to(checks.compute_dtype(logits))))
+    logits = logits.to(checks.compute_dtype(logits))
+    return two_hot_decode(logits, bins_for(logits))

@@ -236,6 +236,39 @@ def test_losses_can_be_added_up_in_place():
     assert_close(*gradients)
 
 
+def test_each_loss_has_a_graph_of_its_own():
+    outputs = {name: x.requires_grad_() for name, x in make_outputs(1, torch.float64).items()}
+    weighted, unweighted, _ = dreamer_v3_model_losses(outputs, make_batch(), **KNOBS)
+    reached = {"kl": {"prior_logits", "posterior_logits"}, "reco": {"reconstruction"}, "reward": {"reward"}}
+    reached["continue"] = {"continue_logits"}
+    for losses in (unweighted, weighted):
+        for name, loss in losses.items():
+            gradients = torch.autograd.grad(
+                loss, outputs.values(), allow_unused=True, retain_graph=losses is unweighted
+            )
+            assert {key for key, gradient in zip(outputs, gradients, strict=True) if gradient is not None} == reached[
+                name
+            ]
+
+
+def test_nan_of_one_loss_does_not_reach_the_gradient_of_another():
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    outputs = {name: x * scale for name, x in make_outputs(1, torch.float64).items()}
+    outputs["reward"] = outputs["reward"] * math.nan
+    weighted, _, _ = dreamer_v3_model_losses(outputs, make_batch(), **KNOBS)
+    assert weighted["reward"].isnan()
+    for name in ("kl", "reco", "continue"):
+        assert torch.autograd.grad(weighted[name], scale, retain_graph=True)[0].isfinite()
+
+
+def test_each_loss_has_the_dtype_of_its_term():
+    outputs = make_outputs(1, torch.float32)
+    outputs["reconstruction"] = outputs["reconstruction"].double()
+    weighted, unweighted, terms = dreamer_v3_model_losses(outputs, make_batch(), **KNOBS)
+    for losses in (weighted, unweighted, terms):
+        assert {name: x.dtype for name, x in losses.items() if x.dtype != torch.float32} == {"reco": torch.float64}
+
+
 def complete(lead, outputs, batch):
     """The rest of a call with leading dimensions ``lead``, in which only one term matters."""
     logits = torch.zeros(*lead, 1, 2)
