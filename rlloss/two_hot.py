@@ -172,8 +172,8 @@ def two_hot_cross_entropy(logits: Tensor, target: Tensor, bins: Tensor) -> Tenso
 
 
 def _cross_entropy(logits: Tensor, pair: Tensor, weights: Tensor) -> tuple[Tensor]:
-    log_p = torch.gather(torch.log_softmax(logits, -1), -1, pair)
-    return (-(weights * log_p).masked_fill(weights == 0, 0).sum(-1),)
+    nats = -torch.gather(torch.log_softmax(logits, -1), -1, pair)
+    return ((weights * nats).masked_fill(weights == 0, 0).sum(-1),)
 
 
 def bins_for(logits: Tensor) -> Tensor:
@@ -195,7 +195,8 @@ def neighbours(x: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:
     upper = torch.searchsorted(bins, x.contiguous(), right=True).clamp(1, bins.shape[0] - 1)
     pair = torch.stack((upper - 1, upper), -1)
     below, above = bins[pair].unbind(-1)
-    # A support may hold a value twice, as the author's even grids hold zero; its pair is never chosen but by NaN.
+    # A support may hold a value twice, as the author's even grids hold zero: but for NaN, only the last pair of all is
+    # chosen whatever it holds.
     return pair, torch.stack((above - x, x - below), -1) / (above - below).unsqueeze(-1)
 
 
