@@ -294,6 +294,19 @@ def test_what_is_not_finite_stays_in_its_row():
         assert slopes[0][[0, 3]].isfinite().all()
 
 
+@pytest.mark.usefixtures("fast")
+def test_errors_of_what_is_not_finite_or_zero():
+    prediction = torch.tensor([[0.0, math.inf, -math.inf, 1.0, math.nan, -0.0, math.inf, -0.0]]).T
+    target = torch.tensor([[math.inf, 0.0, 3.0, -math.inf, 1.0, math.nan, math.inf, 0.0]]).T
+    for flags in itertools.product((False, True), repeat=3):
+        reduction = error_sum(1, *flags)
+        leaves = prediction.clone().requires_grad_(), prediction.clone().requires_grad_()
+        values = fused.reduce(reduction, leaves[0], target)[0], reduction.formula(leaves[1], target)[0]
+        assert_close(*values, equal_nan=True)
+        gradients = [torch.autograd.grad(v.sum(), x)[0] for v, x in zip(values, leaves, strict=True)]
+        assert_close(*gradients, equal_nan=True)
+
+
 @pytest.mark.parametrize("mix", [0.0, 0.01])
 @pytest.mark.usefixtures("fast")
 def test_classes_that_are_ruled_out(mix):
@@ -341,6 +354,7 @@ class Labelled(torch.Tensor):
         (torch.zeros(3), torch.zeros(3, dtype=torch.uint8), True),
         (torch.zeros(3), torch.zeros(3).double(), False),
         (torch.zeros(3), torch.zeros(3, dtype=torch.int32), False),
+        (torch.zeros(3, dtype=torch.uint8), torch.zeros(3), False),
         (torch.zeros(3).half(), torch.zeros(3).half(), False),
         (torch.zeros(3).bfloat16(), torch.zeros(3), False),
         (torch.zeros(3, device="meta"), torch.zeros(3, device="meta"), False),
