@@ -1579,6 +1579,7 @@ def test_a_function_of_the_loss_may_cast_it(reco_loss):
     assert all(x.isfinite().all() for x in curvature.values())
 
 
+@pytest.mark.usefixtures("path")
 def test_knobs_may_be_numpy_numbers_and_must_be_finite():
     outputs, batch = make_outputs(dtype=torch.float32), make_batch()
     knobs = {"lambda_kl": 0.5, "free_bits": 0.25, "kl_alpha": 0.75, "unimix": 0.125}
