@@ -144,6 +144,11 @@ def in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+def watched(*tensors: Tensor) -> bool:
+    """Whether a compiler looks on too, or a subclass of Tensor that may: what is done is then to be seen by them."""
+    return torch.compiler.is_compiling() or in_transform() or any(type(x) is not Tensor for x in tensors)
+
+
 def _function_is_traced() -> bool:
     """Whether the compiler that traces now takes a Function with its backward: not for export, nor in transforms."""
     # torch 2.13 warns itself, unseen, while it traces one, and fails where warnings are errors.

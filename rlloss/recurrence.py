@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import vjp
 from torch.nn.functional import pad
 
-from rlloss.fused import cannot_be_saved, in_transform, legacy_batched
+from rlloss.fused import cannot_be_saved, in_transform, legacy_batched, watched
 
 
 def chained(reward: Tensor, bootstrap: Tensor, known: Tensor, chain: Tensor, *, probabilities: bool = False) -> Tensor:
@@ -33,8 +33,7 @@ def chained(reward: Tensor, bootstrap: Tensor, known: Tensor, chain: Tensor, *, 
         y [..., n].
     """
     operands = reward, bootstrap, known, chain
-    watched = torch.compiler.is_compiling() or in_transform() or any(type(x) is not Tensor for x in operands)
-    if watched or cannot_be_saved(operands):
+    if watched(*operands) or cannot_be_saved(operands):
         return _in_blocks(*operands)
     y: Tensor = _Chained.apply(*operands, probabilities)  # type: ignore[no-untyped-call]
     return y

@@ -178,7 +178,7 @@ def _cross_entropy(logits: Tensor, pair: Tensor, weights: Tensor) -> tuple[Tenso
 
 def bins_for(logits: Tensor) -> Tensor:
     """:func:`symexp_bins` for logits of at least float32: as many, in their dtype and on their device."""
-    if torch.compiler.is_compiling() or fused.in_transform() or type(logits) is not Tensor or not logits.is_cpu:
+    if fused.watched(logits) or not logits.is_cpu:
         return symexp_bins(logits.shape[-1], dtype=logits.dtype, device=logits.device)
     # The same numbers each time, of operators so small that finding them again takes longest: copied instead.
     return torch.frombuffer(bytearray(_bytes_of_bins(logits.shape[-1], logits.dtype)), dtype=logits.dtype)
