@@ -24,7 +24,7 @@ from rlloss.policy import (
 from rlloss.returns import lambda_return
 from rlloss.statistics import ReturnRange, return_range_scale, return_range_update
 from rlloss.transforms import symlog
-from rlloss.two_hot import bins_for, neighbours, two_hot_cross_entropy, two_hot_decode
+from rlloss.two_hot import bins_for, neighbours, symexp_decode, two_hot_cross_entropy, two_hot_decode
 from rlloss.types import ApplyFn, Batch, Params, Scalar
 
 if TYPE_CHECKING:
@@ -1338,11 +1338,6 @@ def _expectations(
     reward, continuation = agent.reward(frozen, states), agent.continuation(frozen, states)
     shape = logits.shape[:-1]
     if model_knobs(settings)["reward_two_hot"]:
-        reward = _decode(reward)
+        reward = symexp_decode(reward)
     reward, continuation = (x.squeeze(-1) if tuple(x.shape) == (*shape, 1) else x for x in (reward, continuation))
-    return reward, torch.sigmoid(continuation), _decode(logits.detach())
-
-
-def _decode(logits: Tensor) -> Tensor:
-    logits = logits.to(checks.compute_dtype(logits))
-    return two_hot_decode(logits, bins_for(logits))
+    return reward, torch.sigmoid(continuation), symexp_decode(logits.detach())

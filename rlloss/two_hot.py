@@ -136,6 +136,12 @@ def two_hot_decode(logits: Tensor, bins: Tensor) -> Tensor:
     return (weighted + weighted.flip(-1)).sum(-1) / 2
 
 
+def symexp_decode(logits: Tensor) -> Tensor:
+    """:func:`two_hot_decode` over :func:`symexp_bins`, one for each logit."""
+    logits = logits.to(checks.compute_dtype(logits))
+    return two_hot_decode(logits, bins_for(logits))
+
+
 def two_hot_cross_entropy(logits: Tensor, target: Tensor, bins: Tensor) -> Tensor:
     r"""Cross-entropy between the two-hot encoding of ``target`` and a categorical over ``bins``.
 

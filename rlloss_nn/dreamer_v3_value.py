@@ -21,7 +21,7 @@ from rlloss.dreamer_v3 import (
     reduced,
 )
 from rlloss.optim import ema_update
-from rlloss.two_hot import bins_for, symexp_bins, two_hot_decode
+from rlloss.two_hot import symexp_bins, symexp_decode
 from rlloss.types import ApplyFn, Params, Scalar
 from rlloss_nn.dreamer_v3_actor import DreamerV3ActorLoss
 from rlloss_nn.functional import functionalize
@@ -240,7 +240,7 @@ class DreamerV3ValueLoss(LossModule):
         """The slow critic's part on its own, for the record."""
         if slow is None:
             return reduced(torch.zeros_like(weight), self.reduction)
-        value = _value(slow) if self.value_loss == "two_hot" else slow.squeeze(-1)
+        value = symexp_decode(slow) if self.value_loss == "two_hot" else slow.squeeze(-1)
         terms = dreamer_v3_value_terms(prediction, None, value, weight, slow_weight=0.0, value_loss=self.value_loss)
         return reduced(terms, self.reduction)
 
@@ -332,8 +332,3 @@ class DreamerV3ValueLoss(LossModule):
 
     def _read_keys(self) -> list[NestedKey]:
         return [*getattr(self.value_model, "in_keys", []), "lambda_target", self.tensor_keys.discount_weight]
-
-
-def _value(logits: Tensor) -> Tensor:
-    logits = logits.to(checks.compute_dtype(logits))
-    return two_hot_decode(logits, bins_for(logits))
