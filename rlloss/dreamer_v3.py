@@ -170,7 +170,8 @@ def dreamer_v3_model_losses(
     k = _knobs_for(batch, knobs)
     terms = _model_terms(outputs, batch, k)
     # One by one: each can be differentiated without the others.
-    unweighted = {name: term.sum() / _number_of_steps(batch, term.numel()) for name, term in terms.items()}
+    number = _number_of_steps(batch, terms["reward"].numel())
+    unweighted = {name: term.sum() / number for name, term in terms.items()}
     weighted = {name: _weight(name, loss, k) * loss for name, loss in unweighted.items()}
     return weighted, unweighted, terms
 

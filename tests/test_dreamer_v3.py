@@ -243,12 +243,10 @@ def test_each_loss_has_a_graph_of_its_own():
     reached["continue"] = {"continue_logits"}
     for losses in (unweighted, weighted):
         for name, loss in losses.items():
-            gradients = torch.autograd.grad(
-                loss, outputs.values(), allow_unused=True, retain_graph=losses is unweighted
-            )
-            assert {key for key, gradient in zip(outputs, gradients, strict=True) if gradient is not None} == reached[
-                name
-            ]
+            again = losses is unweighted
+            gradients = torch.autograd.grad(loss, outputs.values(), allow_unused=True, retain_graph=again)
+            found = {key for key, gradient in zip(outputs, gradients, strict=True) if gradient is not None}
+            assert found == reached[name]
 
 
 def test_nan_of_one_loss_does_not_reach_the_gradient_of_another():

@@ -299,9 +299,9 @@ def test_errors_of_what_is_not_finite_or_zero():
     prediction = torch.tensor([[0.0, math.inf, -math.inf, 1.0, math.nan, -0.0, math.inf, -0.0]]).T
     target = torch.tensor([[math.inf, 0.0, 3.0, -math.inf, 1.0, math.nan, math.inf, 0.0]]).T
     for flags in itertools.product((False, True), repeat=3):
-        reduction = error_sum(1, *flags)
         leaves = prediction.clone().requires_grad_(), prediction.clone().requires_grad_()
-        values = fused.reduce(reduction, leaves[0], target)[0], reduction.formula(leaves[1], target)[0]
+        pairs = zip(both(error_sum(1, *flags), (target,)), leaves, strict=True)
+        values = [function(leaf)[0] for function, leaf in pairs]
         assert_close(*values, equal_nan=True)
         gradients = [torch.autograd.grad(v.sum(), x)[0] for v, x in zip(values, leaves, strict=True)]
         assert_close(*gradients, equal_nan=True)
