@@ -9,7 +9,7 @@ import torch
 
 import rlloss
 from rlloss import pages
-from rlloss.pages import SMALLEST, advise_huge_pages
+from rlloss.pages import SMALLEST, STEP, advise_huge_pages
 
 
 @pytest.fixture
@@ -31,6 +31,17 @@ def test_whole_pages_inside_the_memory_are_advised(advised):
     assert end - mmap.PAGESIZE < start + length <= end
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])
+def test_each_part_is_written_once_and_no_more(advised, dtype):
+    numbers = SMALLEST // dtype.itemsize
+    memory = torch.ones(64, numbers // 64, dtype=dtype).t()  # contiguous in another order
+    advise_huge_pages(memory)
+    assert len(advised) == 1
+    step = STEP // dtype.itemsize
+    written = (memory.t().reshape(-1) == 0).nonzero().squeeze(1)
+    assert torch.equal(written, torch.arange(0, numbers, step))
+
+
 def test_small_memory_and_other_devices_are_left_alone(advised):
     advise_huge_pages(torch.empty(SMALLEST - 1, dtype=torch.uint8))
     advise_huge_pages(torch.empty(0))
@@ -47,14 +58,19 @@ def asked_anew():
 
 
 @pytest.mark.usefixtures("asked_anew")
-@pytest.mark.parametrize("without", ["Linux", "the advice"])
-def test_nothing_happens_where_there_are_no_such_pages(without, monkeypatch):
+@pytest.mark.parametrize("without", ["Linux", "the advice", "pages in the kernel", "pages for anybody"])
+def test_nothing_happens_where_there_are_no_such_pages(without, monkeypatch, tmp_path):
+    state = tmp_path / "enabled"
+    monkeypatch.setattr(pages, "STATE", state)
+    if without != "pages in the kernel":
+        state.write_text("always madvise [never]\n" if without == "pages for anybody" else "always [madvise] never\n")
     if without == "Linux":
         monkeypatch.setattr(sys, "platform", "win32")
-    else:
+    elif without == "the advice":
         monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
-    memory = torch.empty(SMALLEST, dtype=torch.uint8)
+    memory = torch.ones(SMALLEST, dtype=torch.uint8)
     assert advise_huge_pages(memory) is memory
+    assert memory.all()
     assert pages._madvise() is None
 
 
@@ -78,9 +94,7 @@ def test_large_gradients_are_advised(advised):
     assert len(advised) == 1
 
 
-@pytest.mark.skipif(
-    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="this kernel has no transparent huge pages"
-)
+@pytest.mark.skipif(pages._madvise() is None, reason="this kernel gives no huge pages")
 def test_the_kernel_notes_the_advice():
     image = gradient(SMALLEST // 4)
     middle, inside = image.data_ptr() + image.nbytes // 2, False

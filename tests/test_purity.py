@@ -13,11 +13,13 @@ PACKAGE = Path(rlloss.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 #: Functions that may write in place: kernels of fused.py, which see blocks of rows and write into scratch and output
-#: that the caller has just made, never into the rows; and the passes of a recurrence, into their own results.
+#: that the caller has just made, never into the rows; the passes of a recurrence, into their own results; and what
+#: readies memory that nobody has written yet.
 #: tests/test_fused.py and tests/test_recurrence.py check that no argument changes.
 KERNELS = {
     "fused.py": {"prepare", "value", "slope", "_bytes", "_log_ratio", "_softmax_slope", "_scale"},
     "recurrence.py": {"forward", "backward"},
+    "pages.py": {"advise_huge_pages"},
 }
 
 #: Functions that may ask where memory lies: on a CPU nothing has to be waited for.
