@@ -8,8 +8,9 @@ Large gradients lie in huge pages where the kernel has them (pages.py).
 where                                          path      why
 =============================================  ========  ============================================================
 under ``torch.compile`` and ``torch.export``   plain     the compiler fuses the formula itself, and better
-squared errors of symlogs there, outside of    traced    it would take the logarithms anew in backward: the slope is
-transforms, and not for export                           kept, which is the gradient but for a scale
+errors there, outside of transforms, and not   traced    it would read the operands twice, and take logarithms anew in
+for export                                               backward: one loop makes the value and the slope, which is
+                                                         the gradient but for a scale
 CPU, one float dtype (float32 or float64),     blocked   some rows at a time go through the whole formula while they
 enough elements (``pays``)                               are in the cache; gradients in a second pass, in backward
 the same, a backward pass to follow, outside   blocked   value and gradients in one pass, which reads the operands
@@ -41,6 +42,7 @@ from torch.autograd import forward_ad
 from torch.func import vjp
 
 from rlloss import checks, pages
+from rlloss.transforms import symlog
 
 Tensors = tuple[Tensor, ...]
 
@@ -352,7 +354,7 @@ class ErrorSum(Reduction):
     @property
     def block(self) -> int:
         """As for every :class:`Reduction`."""
-        return 2**18 if self.symlog_prediction else 2**19
+        return 2**17 if self.symlog_prediction else 2**19
 
     def pays(self, operand: Tensor) -> bool:
         """As for every :class:`Reduction`; on a CPU sooner for symlogs of predictions, with slope a dozen operators.
@@ -364,9 +366,9 @@ class ErrorSum(Reduction):
 
     def traced(self, *operands: Tensor) -> Tensors:
         """As for every :class:`Reduction`."""
-        if self.absolute or not (self.symlog_prediction and self.symlog_target and _function_is_traced()):
+        if not _function_is_traced():
             return self.formula(*operands)
-        value, _ = _apply(_SymlogSquares, *operands, self.dims)
+        value, _ = _apply(_TracedErrors, self, *operands)
         return (value,)
 
     def prepare(self, rows: Tensors, scratch: Tensors) -> None:
@@ -415,30 +417,54 @@ class ErrorSum(Reduction):
         return out.log1p_() if self.symlog_target else out
 
 
-class _SymlogSquares(torch.autograd.Function):
-    """``(prediction, target, dims) -> (value, slope)`` of squared errors of symlogs, for compilers alone.
+class _TracedErrors(torch.autograd.Function):
+    """``(reduction, prediction, target) -> (value, slope)`` of an :class:`ErrorSum`, for compilers alone.
 
-    The value is made of the slope, and not both of the error, for then inductor has one loop. It can be differentiated
-    once, as compiled graphs in general: torch 2.13 does not see that anybody wants more.
+    inductor has one loop that reads both operands once and writes the slope: it would read them twice, once for the
+    value and once for what backward needs. The value is made of the slope, and not both of the error, or there were
+    two loops again. It can be differentiated once, as compiled graphs in general: torch 2.13 does not see that anybody
+    wants more.
     """
 
     @staticmethod
-    def forward(prediction: Tensor, target: Tensor, dims: int) -> Tensors:
+    def forward(reduction: ErrorSum, prediction: Tensor, target: Tensor) -> Tensors:
         target = pixels(target, prediction.dtype)
-        # Finite, so that the error of an infinite prediction stays infinite.
-        divisor = (1 + prediction.abs()).clamp_max(torch.finfo(prediction.dtype).max)
-        slope = _symlog_difference(prediction, target) / divisor
-        return (slope * divisor).square().sum(tuple(range(-dims, 0))), slope
+        if reduction.symlog_prediction and reduction.symlog_target:
+            error = _symlog_difference(prediction, target)
+        else:
+            squashed = symlog(prediction) if reduction.symlog_prediction else prediction
+            error = squashed - (symlog(target) if reduction.symlog_target else target)
+        slope = _row_by_row(error.sgn() if reduction.absolute else error, prediction, reduction.dims)
+        if reduction.symlog_prediction:
+            # Finite, so that the error of an infinite prediction stays infinite.
+            divisor = (1 + prediction.abs()).clamp_max(torch.finfo(prediction.dtype).max)
+            slope = slope / divisor
+            size = slope * divisor * error
+        else:
+            size = slope * error
+        return size.sum(tuple(range(-reduction.dims, 0))), slope
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.factor = inputs[0].factors()[0]
         ctx.save_for_backward(output[1])
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor, _: Any) -> Any:
         (slope,) = ctx.saved_tensors
-        return checks.align(2 * scale, slope) * slope, None, None
+        return None, checks.align(ctx.factor * scale, slope) * slope, None
+
+
+def _row_by_row(x: Tensor, rows: Tensor, dims: int) -> Tensor:
+    """``x`` plus 0, computed for each row of ``rows``, so that inductor does not make one loop of rows and elements.
+
+    A loop over all elements cannot be joined with the sum over those of a row.
+    """
+    index: tuple[Any, ...] = (..., *[slice(1)] * dims)
+    first = rows[index]
+    never = (first != first) & (first == first)
+    return x + never
 
 
 def pixels(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -513,17 +539,14 @@ class Divergence(Reduction):
 
     def prepare(self, rows: Tensors, scratch: Tensors) -> None:
         """As for every :class:`Reduction`."""
-        p, q, excess, log_ratio, mixed = scratch
+        p, q, ratio, log_ratio, mixed = scratch
         if self.mix:
             uniform = p.new_full((), 1 / p.shape[-1])
             torch.lerp(torch.softmax(rows[0], -1, out=p), uniform, self.mix, out=mixed)
-            torch.lerp(torch.softmax(rows[1], -1, out=q), uniform, self.mix, out=excess)
-            # The quotient of the mixtures less 1, for log1p takes less time than log, and a slope by a softmax's logits
-            # does not see the 1.
-            torch.addcdiv(p.new_full((), -1.0), mixed, excess, out=excess)
-            torch.log1p(excess, out=log_ratio)
+            torch.lerp(torch.softmax(rows[1], -1, out=q), uniform, self.mix, out=ratio)
+            torch.log(torch.div(mixed, ratio, out=ratio), out=log_ratio)
         else:
-            self._log_ratio(rows, p, log_ratio)
+            self._log_ratio(rows, p, ratio, log_ratio)
 
     def value(self, rows: Tensors, scratch: Tensors, out: Tensor) -> None:
         """As for every :class:`Reduction`."""
@@ -533,19 +556,20 @@ class Divergence(Reduction):
 
     def slope(self, rows: Tensors, scratch: Tensors, out: Sequence[Tensor | None]) -> None:
         """As for every :class:`Reduction`."""
-        p, q, excess, log_ratio, _ = scratch
+        p, q, ratio, log_ratio, _ = scratch
         if out[1] is not None and self.mix:
-            _softmax_slope(excess, q, out[1])
+            _softmax_slope(ratio, q, out[1])
         elif out[1] is not None:
-            torch.softmax(rows[1], -1, out=out[1]).sub_(p)
+            log_q = ratio
+            torch.exp(log_q, out=out[1]).sub_(p)
         if out[0] is not None:  # last, for this may be the memory of p
             _softmax_slope(log_ratio, p, out[0])
 
-    def _log_ratio(self, rows: Tensors, p: Tensor, out: Tensor) -> None:
-        """Write the posterior's probabilities, and log(p / q), which is 0 where p is: 0 log 0 is 0."""
+    def _log_ratio(self, rows: Tensors, p: Tensor, log_q: Tensor, out: Tensor) -> None:
+        """Write the probabilities p, the logarithms of q, and log(p / q), which is 0 where p is: 0 log 0 is 0."""
         torch.log_softmax(rows[0], -1, out=p)
-        torch.log_softmax(rows[1], -1, out=out)
-        torch.sub(p, out, out=out)
+        torch.log_softmax(rows[1], -1, out=log_q)
+        torch.sub(p, log_q, out=out)
         torch.ops.aten.threshold_backward.grad_input(out, p.exp_(), 0, grad_input=out)
 
 

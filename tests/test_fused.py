@@ -12,6 +12,7 @@ import torch.utils.checkpoint
 from conftest import REDUCTIONS, take_path
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._inductor.utils import run_and_get_code
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -410,7 +411,7 @@ def test_a_share_that_is_a_tensor_can_be_differentiated(path):
     assert_close(total(torch.tensor(0.1)), total(0.1))
 
 
-# ---- squared errors of symlogs in a compiled graph -------------------------------------------------------------------
+# ---- errors in a compiled graph --------------------------------------------------------------------------------------
 
 
 def nodes(backend="aot_eager"):
@@ -429,13 +430,14 @@ as_users = pytest.mark.filterwarnings("ignore")
 
 
 @as_users
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("target", [torch.float64, torch.uint8])
-def test_a_compiled_graph_keeps_the_slope_of_squares_of_symlogs(backend, target):
+@pytest.mark.parametrize(
+    ("backend", "operands"), [("aot_eager", images), ("aot_eager", normal), ("inductor", images), ("inductor", normal)]
+)
+@pytest.mark.parametrize("flags", list(itertools.product([False, True], repeat=3)))
+def test_a_compiled_graph_keeps_the_slope(backend, operands, flags):
     torch.compiler.reset()
     backend, seen = nodes(backend)
-    reduction, (prediction, target) = error_sum(2, False, True, True), images(3, 2, 4, 3)
-    target = target if target.dtype == torch.uint8 else target.double() / 9
+    reduction, (prediction, target) = error_sum(2, *flags), operands(3, 2, 4, 3)
     prediction[0, 0, 0, 0] = 0
     function, formula = both(reduction, (target,))
     compiled = torch.compile(lambda x: function(x)[0].sin(), fullgraph=True, backend=backend)
@@ -444,6 +446,17 @@ def test_a_compiled_graph_keeps_the_slope_of_squares_of_symlogs(backend, target)
     assert_close(got, expected)
     assert_close(*[torch.autograd.grad(x.sum(), leaf)[0] for x in (got, expected)])
     assert "autograd_function_apply" in seen
+
+
+@as_users
+@pytest.mark.parametrize("symlog", [False, True])
+def test_inductor_makes_value_and_slope_in_one_loop(symlog):
+    torch.compiler.reset()
+    prediction, target = torch.randn(4, 3, 16, 16, requires_grad=True), torch.randn(4, 3, 16, 16)
+    reduction = error_sum(3, symlog_prediction=symlog, symlog_target=symlog)
+    compiled = torch.compile(lambda *operands: fused.reduce(reduction, *operands)[0], fullgraph=True)
+    _, (forward, *_) = run_and_get_code(compiled, prediction, target)
+    assert forward.count("for(int64_t") == 2, "over rows, and over what is in one"
 
 
 @as_users
