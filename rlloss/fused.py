@@ -420,10 +420,9 @@ class ErrorSum(Reduction):
 class _TracedErrors(torch.autograd.Function):
     """``(reduction, prediction, target) -> (value, slope)`` of an :class:`ErrorSum`, for compilers alone.
 
-    inductor has one loop that reads both operands once and writes the slope: it would read them twice, once for the
-    value and once for what backward needs. The value is made of the slope, and not both of the error, or there were
-    two loops again. It can be differentiated once, as compiled graphs in general: torch 2.13 does not see that anybody
-    wants more.
+    inductor makes one loop of it, which reads both operands once; of the formula it makes two, one for the value and
+    one for what backward needs. The value is made of the slope, and not both of the error, or there would be two again.
+    It can be differentiated once, as compiled graphs in general: torch 2.13 does not see that anybody wants more.
     """
 
     @staticmethod
@@ -457,9 +456,10 @@ class _TracedErrors(torch.autograd.Function):
 
 
 def _row_by_row(x: Tensor, rows: Tensor, dims: int) -> Tensor:
-    """``x`` plus 0, computed for each row of ``rows``, so that inductor does not make one loop of rows and elements.
+    """``x`` plus a 0 that is computed for each row of ``rows``.
 
-    A loop over all elements cannot be joined with the sum over those of a row.
+    So inductor keeps a loop over rows around one over what is in them. It would make one of both, and could not join
+    that with the sum over a row.
     """
     index: tuple[Any, ...] = (..., *[slice(1)] * dims)
     first = rows[index]

@@ -502,13 +502,14 @@ def test_the_formula_is_compiled_where_warnings_are_errors(module):
 
 
 @as_users
-def test_what_is_not_finite_has_the_error_of_the_formula_in_a_compiled_graph():
+@pytest.mark.parametrize(("absolute", "symlog"), list(itertools.product([False, True], repeat=2)))
+def test_what_is_not_finite_has_the_error_of_the_formula_in_a_compiled_graph(absolute, symlog):
     torch.compiler.reset()
     inf = math.inf
     backend, seen = nodes("inductor")
     prediction = torch.tensor([[0.0], [inf], [-inf], [1.0], [math.nan], [1e38], [-0.0]], requires_grad=True)
     target = torch.tensor([inf, 0.0, 3.0, -inf, 1.0, 1e38, 0.0])[:, None]
-    function, formula = both(error_sum(1, False, True, True), (target,))
+    function, formula = both(error_sum(1, absolute, symlog, symlog), (target,))
     compiled = torch.compile(function, fullgraph=True, backend=backend)
     assert_close(compiled(prediction), formula(prediction), equal_nan=True)
     assert "autograd_function_apply" in seen
@@ -518,11 +519,12 @@ def test_what_is_not_finite_has_the_error_of_the_formula_in_a_compiled_graph():
 
 @as_users
 @pytest.mark.parametrize("dtypes", list(itertools.permutations([torch.float32, torch.float64])))
-def test_squares_of_two_dtypes_in_a_compiled_graph(dtypes):
+@pytest.mark.parametrize("symlog", [False, True])
+def test_squares_of_two_dtypes_in_a_compiled_graph(dtypes, symlog):
     torch.compiler.reset()
     prediction, target = (x.to(dtype) for x, dtype in zip(normal(3, 4), dtypes, strict=True))
     prediction[0, 0], target[0, 0] = -1e25, 1e25
-    function, formula = both(error_sum(1, False, True, True), (target,))
+    function, formula = both(error_sum(1, False, symlog, symlog), (target,))
     leaf = prediction.requires_grad_()
     got, expected = torch.compile(function, fullgraph=True, backend="aot_eager")(leaf)[0], formula(leaf)[0]
     assert_close(got, expected)
