@@ -317,10 +317,7 @@ def _head_term(head: str, target: Tensor, prediction: Tensor, steps: _Steps, k: 
 def _error_sum(
     prediction: Tensor, target: Tensor, *, dims: int, absolute: bool, symlog_prediction: bool, symlog_target: bool
 ) -> tuple[Tensor]:
-    target = fused.pixels(target, prediction.dtype)
-    target = symlog(target) if symlog_target else target
-    prediction = symlog(prediction) if symlog_prediction else prediction
-    error = prediction - target
+    error = fused.errors(prediction, target, symlog_prediction, symlog_target)
     return ((error.abs() if absolute else error.square()).sum(tuple(range(-dims, 0))),)
 
 

@@ -427,12 +427,11 @@ class _TracedErrors(torch.autograd.Function):
 
     @staticmethod
     def forward(reduction: ErrorSum, prediction: Tensor, target: Tensor) -> Tensors:
-        target = pixels(target, prediction.dtype)
-        if reduction.symlog_prediction and reduction.symlog_target:
-            error = _symlog_difference(prediction, target)
+        symlogs = reduction.symlog_prediction, reduction.symlog_target
+        if all(symlogs):
+            error = _symlog_difference(prediction, pixels(target, prediction.dtype))
         else:
-            squashed = symlog(prediction) if reduction.symlog_prediction else prediction
-            error = squashed - (symlog(target) if reduction.symlog_target else target)
+            error = errors(prediction, target, *symlogs)
         slope = _row_by_row(error.sgn() if reduction.absolute else error, prediction, reduction.dims)
         if reduction.symlog_prediction:
             # Finite, so that the error of an infinite prediction stays infinite.
@@ -465,6 +464,13 @@ def _row_by_row(x: Tensor, rows: Tensor, dims: int) -> Tensor:
     first = rows[index]
     never = (first != first) & (first == first)
     return x + never
+
+
+def errors(prediction: Tensor, target: Tensor, symlog_prediction: bool, symlog_target: bool) -> Tensor:
+    """The difference, of symlogs where these are asked for; bytes as targets are pixels."""
+    target = pixels(target, prediction.dtype)
+    target = symlog(target) if symlog_target else target
+    return (symlog(prediction) if symlog_prediction else prediction) - target
 
 
 def pixels(x: Tensor, dtype: torch.dtype) -> Tensor:

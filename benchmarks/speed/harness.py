@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from rlloss.pages import STATE
+
 LIMIT = "limit"  # the contender that only does what nobody can leave out
 MOST = 101  # rounds at most
 
@@ -229,8 +231,7 @@ def machine(device: str = "") -> str:
         name = model[1] if model else platform.processor() or platform.machine()
     count = torch.get_num_threads()
     threads = f"{count} thread{'s' * (count > 1)}"
-    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if device == "cpu" and pages.exists():
-        chosen = pages.read_text().partition("[")[2].partition("]")[0]
+    if device == "cpu" and STATE.exists():
+        chosen = STATE.read_text().partition("[")[2].partition("]")[0]
         threads += f", huge pages {chosen!r}"
     return f"{name}, {threads}, torch {torch.__version__}, Python {platform.python_version()}"
