@@ -368,7 +368,10 @@ class ErrorSum(Reduction):
         """As for every :class:`Reduction`."""
         if not _function_is_traced():
             return self.formula(*operands)
-        value, _ = _apply(_TracedErrors, self, *operands)
+        prediction, target = operands
+        own = prediction.requires_grad and torch.promote_types(prediction.dtype, target.dtype) == prediction.dtype
+        memory = pages.memory_like(prediction) if own and torch.is_grad_enabled() else None
+        value, _ = _apply(_TracedErrors, self, *operands, memory)
         return (value,)
 
     def prepare(self, rows: Tensors, scratch: Tensors) -> None:
@@ -418,7 +421,7 @@ class ErrorSum(Reduction):
 
 
 class _TracedErrors(torch.autograd.Function):
-    """``(reduction, prediction, target) -> (value, slope)`` of an :class:`ErrorSum`, for compilers alone.
+    """``(reduction, prediction, target, memory) -> (value, slope)`` of an :class:`ErrorSum`, for compilers alone.
 
     inductor makes one loop of it, which reads both operands once; of the formula it makes two, one for the value and
     one for what backward needs. The value is made of the slope, and not both of the error, or there would be two again.
@@ -426,19 +429,20 @@ class _TracedErrors(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(reduction: ErrorSum, prediction: Tensor, target: Tensor) -> Tensors:
+    def forward(reduction: ErrorSum, prediction: Tensor, target: Tensor, memory: Tensor | None) -> Tensors:
         symlogs = reduction.symlog_prediction, reduction.symlog_target
         if all(symlogs):
             error = _symlog_difference(prediction, pixels(target, prediction.dtype))
         else:
             error = errors(prediction, target, *symlogs)
-        slope = _row_by_row(error.sgn() if reduction.absolute else error, prediction, reduction.dims)
+        slope = error.sgn() if reduction.absolute else error
         if reduction.symlog_prediction:
             # Finite, so that the error of an infinite prediction stays infinite.
             divisor = (1 + prediction.abs()).clamp_max(torch.finfo(prediction.dtype).max)
-            slope = slope / divisor
+            slope = _row_by_row(slope / divisor, prediction, reduction.dims, memory)
             size = slope * divisor * error
         else:
+            slope = _row_by_row(slope, prediction, reduction.dims, memory)
             size = slope * error
         return size.sum(tuple(range(-reduction.dims, 0))), slope
 
@@ -451,19 +455,19 @@ class _TracedErrors(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: Tensor, _: Any) -> Any:
         (slope,) = ctx.saved_tensors
-        return None, checks.align(ctx.factor * scale, slope) * slope, None
+        return None, checks.align(ctx.factor * scale, slope) * slope, None, None
 
 
-def _row_by_row(x: Tensor, rows: Tensor, dims: int) -> Tensor:
-    """``x`` plus a 0 that is computed for each row of ``rows``.
+def _row_by_row(x: Tensor, rows: Tensor, dims: int, memory: Tensor | None) -> Tensor:
+    """``x``, but where a condition holds that is computed for each row of ``rows``, and never holds.
 
     So inductor keeps a loop over rows around one over what is in them. It would make one of both, and could not join
-    that with the sum over a row.
+    that with the sum over a row. Where ``memory`` is given, it writes ``x`` into that, for nobody reads it any more.
     """
     index: tuple[Any, ...] = (..., *[slice(1)] * dims)
     first = rows[index]
     never = (first != first) & (first == first)
-    return x + never
+    return x + never if memory is None else torch.where(never, memory, x)
 
 
 def errors(prediction: Tensor, target: Tensor, symlog_prediction: bool, symlog_target: bool) -> Tensor:

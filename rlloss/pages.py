@@ -4,9 +4,11 @@ import ctypes
 import functools
 import mmap
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 SMALLEST = 2**25  # bytes; beyond, glibc's malloc asks the kernel anew each time, and each page is a fault to serve
@@ -39,6 +41,37 @@ def advise_huge_pages(memory: Tensor) -> Tensor:
         step = STEP // memory.element_size()
         memory.as_strided((memory.numel() // step,), (step,)).zero_()
     return memory
+
+
+def memory_like(x: Tensor) -> Tensor | None:
+    """Memory in a compiled graph for a result like ``x``, None where :func:`advise_huge_pages` would do nothing.
+
+    What a compiler allocates by itself cannot be advised. It writes into this instead where a pointwise expression
+    reads it, and nothing else does.
+    """
+    if x.device.type != "cpu" or x.numel() * x.element_size() < SMALLEST or not _offered():
+        return None
+    memory: Tensor = _advised(x.shape, torch.empty_like(x, device="meta").stride(), x.dtype)
+    return memory
+
+
+@torch.library.custom_op("rlloss::advised_memory", mutates_args=())
+def _advised(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return advise_huge_pages(torch.empty_strided(size, stride, dtype=dtype))
+
+
+@_advised.register_fake
+def _(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(size, stride, dtype=dtype)
+
+
+def _offered() -> bool:
+    """Whether there are huge pages to be had."""
+    return _madvise() is not None
+
+
+# What `torch.compiler.assume_constant_result` sets: it is called while the compiler traces.
+_offered._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -3,6 +3,8 @@
 import contextlib
 import itertools
 import math
+import mmap
+import re
 import warnings
 from functools import partial
 
@@ -18,7 +20,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rlloss import categorical_kl_terms, dreamer_v3_model_terms, fused, symexp_bins, two_hot_cross_entropy
+from rlloss import categorical_kl_terms, dreamer_v3_model_terms, fused, pages, symexp_bins, two_hot_cross_entropy
 from rlloss.categorical import _kl_pair
 from rlloss.dreamer_v3 import _error_sum
 from rlloss.two_hot import _cross_entropy, neighbours
@@ -457,6 +459,76 @@ def test_inductor_makes_value_and_slope_in_one_loop(symlog):
     compiled = torch.compile(lambda *operands: fused.reduce(reduction, *operands)[0], fullgraph=True)
     _, (forward, *_) = run_and_get_code(compiled, prediction, target)
     assert forward.count("for(int64_t") == 2, "over rows, and over what is in one"
+
+
+@pytest.fixture
+def advised(monkeypatch):
+    """Pages are advised from 64 KiB on, or would be: the number of bytes, each time."""
+    sizes = []
+    monkeypatch.setattr(pages, "SMALLEST", 2**16)
+    monkeypatch.setattr(pages, "_madvise", lambda: lambda start, length, advice: sizes.append(length) or -1)
+    return sizes
+
+
+def large(*, last=False):
+    """Images of 96 KiB, and as many others."""
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    return [x.to(memory_format=memory_format) for x in (torch.randn(2, 3, 64, 64), torch.rand(2, 3, 64, 64))]
+
+
+@as_users
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("flags", list(itertools.product([False, True], repeat=3)))
+def test_inductor_writes_the_slope_into_advised_memory(advised, flags, last):
+    torch.compiler.reset()
+    reduction, (prediction, target) = error_sum(3, *flags), large(last=last)
+    function, formula = both(reduction, (target,))
+    compiled = torch.compile(lambda x: (function(x)[0] / 2**12).sin(), fullgraph=True)
+    leaf = prediction.requires_grad_()
+    got, (forward, *_) = run_and_get_code(compiled, leaf)
+    expected = (formula(leaf)[0] / 2**12).sin()
+    assert_close(got, expected)
+    size = f"({', '.join(map(str, prediction.shape))})"
+    allocated = re.findall(rf"empty_strided_cpu\({re.escape(size)}", forward)
+    assert not allocated, "the memory of the slope is the advised one"
+    assert len(advised) == 1
+    assert prediction.nbytes - 2 * mmap.PAGESIZE < advised[0] <= prediction.nbytes
+    assert_close(*[torch.autograd.grad(x.sum(), leaf)[0] for x in (got, expected)])
+    assert len(advised) == 1, "backward scales the slope where it lies"
+
+
+@as_users
+@pytest.mark.parametrize("without", ["gradients", "a gradient", "size", "pages", "the dtype"])
+def test_memory_that_would_not_help_is_not_taken(advised, without, monkeypatch):
+    torch.compiler.reset()
+    backend, seen = nodes()
+    prediction, target = large()
+    if without == "pages":
+        monkeypatch.setattr(pages, "_madvise", lambda: None)
+    if without == "the dtype":
+        target = target.double()
+    if without == "size":
+        prediction, target = prediction[:, :1, ::2], target[:, :1, ::2]
+    prediction.requires_grad_(without != "a gradient")
+    compiled = torch.compile(lambda *x: fused.reduce(error_sum(3), *x), fullgraph=True, backend=backend)
+    with torch.set_grad_enabled(without != "gradients"):
+        assert_close(compiled(prediction, target)[0], error_sum(3).formula(prediction, target)[0])
+    assert seen
+    assert not any("advised_memory" in node for node in seen)
+    assert not advised
+
+
+@as_users
+def test_advised_memory_of_a_size_that_varies(advised):
+    torch.compiler.reset()
+    compiled = torch.compile(lambda *x: fused.reduce(error_sum(3), *x)[0], fullgraph=True, dynamic=True)
+    for rows in (2, 3, 5):
+        prediction, target = (x[:1].expand(rows, -1, -1, -1).contiguous() for x in large())
+        prediction.requires_grad_()
+        got, expected = compiled(prediction, target), error_sum(3).formula(prediction, target)[0]
+        assert_close(got, expected)
+        assert_close(*[torch.autograd.grad(x.sum(), prediction)[0] for x in (got, expected)])
+    assert len(advised) == 3
 
 
 @as_users

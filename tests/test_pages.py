@@ -49,6 +49,29 @@ def test_small_memory_and_other_devices_are_left_alone(advised):
     assert not advised
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_memory_in_a_graph_is_advised_when_it_runs(advised, dtype):
+    like = torch.empty(64, SMALLEST // 64 // dtype.itemsize, dtype=dtype).t()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def shaped(x):
+        return pages.memory_like(x)
+
+    for calls in (1, 2):
+        memory = shaped(like)
+        assert (memory.shape, memory.stride(), memory.dtype) == (like.shape, like.stride(), dtype)
+        assert len(advised) == calls
+    assert pages.memory_like(like[:-1]) is None
+    assert pages.memory_like(like.to("meta")) is None
+
+
+def test_memory_in_a_graph_is_an_operator_like_any_other():
+    # The other checks compare what is in the memory.
+    torch.library.opcheck(
+        pages._advised, ([4, 3], [1, 4], torch.float32), test_utils=("test_schema", "test_faketensor")
+    )
+
+
 @pytest.fixture
 def asked_anew():
     """Whether there are such pages is found out again, in the test and after it."""
@@ -72,6 +95,7 @@ def test_nothing_happens_where_there_are_no_such_pages(without, monkeypatch, tmp
     assert advise_huge_pages(memory) is memory
     assert memory.all()
     assert pages._madvise() is None
+    assert pages.memory_like(memory) is None
 
 
 def gradient(numbers):
