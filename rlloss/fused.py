@@ -1,8 +1,9 @@
 r"""The hot reductions in one pass over memory; how fast paths are chosen, and nothing else.
 
 A loss does almost no arithmetic. Its time is the memory it touches, most of all the fresh pages of full-size
-temporaries; so a fast path has none: each element of a gradient is written once, and once more where it is scaled.
-Large gradients lie in huge pages where the kernel has them (pages.py).
+temporaries; so a fast path has none: each element of a gradient is written once, and once more where it is scaled. That
+of an error has its scale from the start where the loss is the mean of all rows, as is foreseen. Large gradients lie in
+huge pages where the kernel has them (pages.py).
 
 =============================================  ========  ============================================================
 where                                          path      why
@@ -60,6 +61,7 @@ class Reduction:
     smallest = 2**16  # elements of the first operand from which on the fast path pays
     integers: ClassVar[tuple[torch.dtype, ...]] = ()  # dtypes it reads, besides one of floats
     any_layout = False  # whether its kernels are right for a gradient that is not contiguous
+    averaged = False  # whether users mostly take the mean of its values, and its slope can be scaled for that
 
     def trailing(self) -> tuple[int, ...]:
         """How many dimensions of each operand are one row."""
@@ -98,8 +100,11 @@ class Reduction:
         """What each live operand's slope is to be multiplied by."""
         return (1.0,) * self.live
 
-    def slope(self, rows: Tensors, scratch: Tensors, out: Sequence[Tensor | None]) -> None:
-        """Write each live operand's gradient, but for its factor, where ``out`` has a tensor for it."""
+    def slope(self, rows: Tensors, scratch: Tensors, out: Sequence[Tensor | None], by: float = 1.0) -> None:
+        """Write each live operand's gradient, but for its factor, where ``out`` has a tensor for it.
+
+        If :attr:`averaged`, times ``by``.
+        """
         raise NotImplementedError
 
 
@@ -246,7 +251,10 @@ class _Both(torch.autograd.Function):
             return None, *_slopes(reduction, used, full, ctx.saved_tensors)
         kept = _at(wanted, slopes, len(ctx.needs_input_grad) - 1)
         for i in used:
-            _scale(kept[i], full[i], reduction.factors()[i])
+            if reduction.averaged:
+                _scale_mean(kept[i], full[i])
+            else:
+                _scale(kept[i], full[i], reduction.factors()[i])
         return None, *[slope if i in used else None for i, slope in enumerate(kept)]
 
 
@@ -309,18 +317,19 @@ class _Slope(torch.autograd.Function):
 
 
 def _value_and_slopes(reduction: Reduction, wanted: tuple[int, ...], operands: Tensors) -> tuple[Tensor, list[Tensor]]:
-    """Value and slopes, but for their factors, in one pass."""
+    """Value and slopes in one pass: but for their factors, or as they are if the values are averaged."""
     trailing, number = reduction.trailing(), len(operands)
     # A view of what requires gradients takes longer.
     operands = tuple(x.detach() for x in operands)
     out = operands[0].new_empty(_leading(reduction, operands))
     slopes = [_fresh(reduction, operands[i], trailing[i]) for i in wanted]
+    by = reduction.factors()[0] / out.numel() if reduction.averaged else 1.0
     counts = (*trailing, 0, *[trailing[i] for i in wanted])
     for tensors, scratch in _blocks(reduction, (*operands, out, *slopes), counts, wanted):
         rows, (part, *parts) = tensors[:number], tensors[number:]
         reduction.prepare(rows, scratch)
         reduction.value(rows, scratch, part)
-        reduction.slope(rows, scratch, _at(wanted, parts, reduction.live))
+        reduction.slope(rows, scratch, _at(wanted, parts, reduction.live), by)
     return out, slopes
 
 
@@ -335,6 +344,7 @@ class ErrorSum(Reduction):
     smallest = 2**18
     integers = (torch.uint8,)
     any_layout = True
+    averaged = True
 
     def flags(self) -> tuple[bool, bool, bool]:
         """What a kernel is chosen by."""
@@ -399,7 +409,7 @@ class ErrorSum(Reduction):
         """As for every :class:`Reduction`."""
         return (1.0 if self.absolute else 2.0,)
 
-    def slope(self, rows: Tensors, scratch: Tensors, out: Sequence[Tensor | None]) -> None:
+    def slope(self, rows: Tensors, scratch: Tensors, out: Sequence[Tensor | None], by: float = 1.0) -> None:
         """As for every :class:`Reduction`."""
         error = scratch[0]
         if out[0] is None:
@@ -408,9 +418,10 @@ class ErrorSum(Reduction):
             error.sgn_()
         if self.symlog_prediction:
             magnitude = scratch[3]
-            torch.div(error, magnitude.add_(1), out=out[0])
-        elif out[0] is not error:
-            out[0].copy_(error)
+            divisor = torch.add(error.new_full((), 1 / by), magnitude, alpha=1 / by, out=magnitude)
+            torch.div(error, divisor, out=out[0])
+        elif by != 1 or out[0] is not error:
+            torch.mul(error, by, out=out[0])
 
     def _bytes(self, target: Tensor, out: Tensor) -> Tensor:
         """Bytes as floats in [0, 1], or the symlogs of those, in ``out``; all else as it is."""
@@ -520,7 +531,7 @@ class TwoHotCrossEntropy(Reduction):
         nats = torch.gather(scratch[0], 1, pair).neg_()
         torch.sum(torch.where(weights == 0, 0.0, weights * nats), 1, out=out)
 
-    def slope(self, rows: Tensors, scratch: Tensors, out: Sequence[Tensor | None]) -> None:
+    def slope(self, rows: Tensors, scratch: Tensors, out: Sequence[Tensor | None], by: float = 1.0) -> None:
         """As for every :class:`Reduction`."""
         _, pair, weights = rows
         if out[0] is not None:
@@ -564,7 +575,7 @@ class Divergence(Reduction):
         torch.mul(mixed if self.mix else p, log_ratio, out=mixed)
         torch.sum(mixed.flatten(1), 1, out=out)
 
-    def slope(self, rows: Tensors, scratch: Tensors, out: Sequence[Tensor | None]) -> None:
+    def slope(self, rows: Tensors, scratch: Tensors, out: Sequence[Tensor | None], by: float = 1.0) -> None:
         """As for every :class:`Reduction`."""
         p, q, ratio, log_ratio, _ = scratch
         if out[1] is not None and self.mix:
@@ -633,6 +644,17 @@ def _scale(slope: Tensor, scale: Tensor, factor: float) -> None:
     slope.mul_(checks.align(scale if factor == 1 else factor * scale, slope))
 
 
+def _scale_mean(slope: Tensor, scale: Tensor) -> None:
+    """The same of a slope that has been scaled for the mean of all values.
+
+    If that is what was asked for, nothing is left to do, and a pass over memory is saved. A look at the scale costs
+    nothing on a CPU, where no device has to be waited for.
+    """
+    expected = scale.new_ones(()) / scale.numel()
+    if torch.compiler.is_compiling() or not torch.equal(scale, expected.expand_as(scale)):
+        _scale(slope, scale / expected, 1.0)
+
+
 def _at(places: Sequence[int], values: Sequence[Any], number: int) -> list[Any]:
     """``number`` entries: the values at their places, None elsewhere."""
     by_place = dict(zip(places, values, strict=True))
@@ -687,19 +709,19 @@ def _blocks(
     The last tensors are the gradients of the ``wanted`` operands, and serve as scratch in their places.
     """
     gradients = _at(wanted, range(len(tensors) - len(wanted), len(tensors)), reduction.scratch)
-    spare: list[Tensor | None] = []
+    layout = torch.preserve_format if reduction.any_layout else torch.contiguous_format
+    spare: dict[int, Tensor] = {}
     for group in _rows(tensors, trailing, first, reduction.block):
         count, elements = group[first].shape[0], math.prod(group[first].shape[1:])
         step = max(1, min(count, reduction.block // max(1, elements)))
+        parts = [x.split(step) for x in group]  # type: ignore[no-untyped-call]
         if not spare:
-            layout = torch.preserve_format if reduction.any_layout else torch.contiguous_format
-            like = group[first] if step == count else group[first][:step]
-            spare = [torch.empty_like(like, memory_format=layout) if k is None else None for k in gradients]
-        for start in range(0, count, step):
-            block = group if step == count else tuple(x[start : start + step] for x in group)
-            size = block[first].shape[0]
-            own = [x if x is None or x.shape[0] == size else x[:size] for x in spare]
-            yield block, tuple(block[k] if x is None else x for k, x in zip(gradients, own, strict=True))
+            places = [i for i, k in enumerate(gradients) if k is None]
+            spare = {i: torch.empty_like(parts[first][0], memory_format=layout) for i in places}
+        whole, rest = divmod(count, step)
+        own = {i: [x] * whole + [x[:rest]] * bool(rest) for i, x in spare.items()}
+        scratch = [own[i] if k is None else parts[k] for i, k in enumerate(gradients)]
+        yield from zip(zip(*parts, strict=True), zip(*scratch, strict=True), strict=True)
 
 
 def _rows(tensors: Tensors, trailing: tuple[int, ...], first: int, block: int) -> Iterator[Tensors]:

@@ -671,6 +671,46 @@ class Memory(TorchDispatchMode):
         return result
 
 
+#: What is made of the errors of 5 rows, and how many passes over the gradient that takes in backward.
+TOTALS = {
+    "mean": (torch.mean, 0),
+    "weight 1": (lambda x: torch.tensor(1.0) * (x.sum() / 5), 0),
+    "weight 2": (lambda x: 2 * x.mean(), 1),
+    "sum": (torch.sum, 1),
+    "mask": (lambda x: torch.where(torch.arange(5) < 3, x, 0).sum() / 3, 1),
+    "nothing": (lambda x: 0 * x.sum(), 1),
+    "curved": (lambda x: x.square().mean(), 1),
+}
+
+
+class Passes(TorchDispatchMode):
+    """The operators that compute as many numbers as there are in a gradient."""
+
+    def __init__(self, numbers):
+        self.numbers, self.seen = numbers, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view and isinstance(result, torch.Tensor) and result.numel() == self.numbers:
+            self.seen.append(str(function))
+        return result
+
+
+@pytest.mark.usefixtures("fast")
+@pytest.mark.parametrize("total", TOTALS)
+@pytest.mark.parametrize("flags", list(itertools.product([False, True], repeat=3)))
+def test_the_gradient_of_a_mean_is_written_once(flags, total):
+    total, number = TOTALS[total]
+    prediction, target = normal(5, 6)
+    function, formula = both(error_sum(1, *flags), (target,))
+    prediction.requires_grad_()
+    loss, expected = total(function(prediction)[0]), total(formula(prediction)[0])
+    with Passes(prediction.numel()) as passes:
+        got = torch.autograd.grad(loss, prediction)[0]
+    assert_close(got, torch.autograd.grad(expected, prediction)[0])
+    assert len(passes.seen) == number, passes.seen
+
+
 @pytest.mark.parametrize(
     ("reduction", "operands"),
     [
