@@ -1,9 +1,9 @@
 r"""The hot reductions in one pass over memory; how fast paths are chosen, and nothing else.
 
 A loss does almost no arithmetic. Its time is the memory it touches, most of all the fresh pages of full-size
-temporaries; so a fast path has none: each element of a gradient is written once, and once more where it is scaled. That
-of an error has its scale from the start where the loss is the mean of all rows, as is foreseen. Large gradients lie in
-huge pages where the kernel has them (pages.py).
+temporaries; so a fast path has none: each element of a gradient is written once, and once more where it is scaled.
+Gradients of errors are scaled in advance for the mean over all rows, and once more only where the loss is something
+else. Large ones lie in huge pages where the kernel has them (pages.py).
 
 =============================================  ========  ============================================================
 where                                          path      why
@@ -11,11 +11,11 @@ where                                          path      why
 under ``torch.compile`` and ``torch.export``   plain     the compiler fuses the formula itself, and better
 errors there, outside of transforms, and not   traced    it would read the operands twice, and take logarithms anew in
 for export                                               backward: one loop makes the value and the slope, which is
-                                                         the gradient but for a scale
+                                                         the gradient but for a scale, in memory that pages.py gives
 CPU, one float dtype (float32 or float64),     blocked   some rows at a time go through the whole formula while they
 enough elements (``pays``)                               are in the cache; gradients in a second pass, in backward
 the same, a backward pass to follow, outside   blocked   value and gradients in one pass, which reads the operands
-of all transforms                              once      and computes what both need once; backward only scales
+of all transforms                              once      and computes what both need once; backward scales at most
 CUDA, float32, enough elements,                Triton    one kernel reads each element once; never run on a GPU so
 Triton installed                                         far, its kernels only in Triton's interpreter
 fewer elements                                 plain     calling a Function costs more than the temporaries
@@ -61,7 +61,7 @@ class Reduction:
     smallest = 2**16  # elements of the first operand from which on the fast path pays
     integers: ClassVar[tuple[torch.dtype, ...]] = ()  # dtypes it reads, besides one of floats
     any_layout = False  # whether its kernels are right for a gradient that is not contiguous
-    averaged = False  # whether users mostly take the mean of its values, and its slope can be scaled for that
+    expects_mean = False  # whether users mostly take the mean of its values, and :meth:`slope` can scale for that
 
     def trailing(self) -> tuple[int, ...]:
         """How many dimensions of each operand are one row."""
@@ -97,13 +97,13 @@ class Reduction:
         raise NotImplementedError
 
     def factors(self) -> tuple[float, ...]:
-        """What each live operand's slope is to be multiplied by."""
+        """By what each live operand's slope is to be multiplied, for a kernel to have less to do."""
         return (1.0,) * self.live
 
     def slope(self, rows: Tensors, scratch: Tensors, out: Sequence[Tensor | None], by: float = 1.0) -> None:
         """Write each live operand's gradient, but for its factor, where ``out`` has a tensor for it.
 
-        If :attr:`averaged`, times ``by``.
+        One that ``expects_mean`` has one live operand, and multiplies by ``by``; for all others that is 1.
         """
         raise NotImplementedError
 
@@ -173,7 +173,8 @@ def _may_be_error(category: type[Warning]) -> bool:
     return False
 
 
-# What `torch.compiler.assume_constant_result` sets: it is called while the compiler traces, which guards transforms.
+# What `torch.compiler.assume_constant_result` sets, which is untyped: a compiler calls it in place of tracing it.
+# Transforms are guarded.
 _function_is_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -251,7 +252,7 @@ class _Both(torch.autograd.Function):
             return None, *_slopes(reduction, used, full, ctx.saved_tensors)
         kept = _at(wanted, slopes, len(ctx.needs_input_grad) - 1)
         for i in used:
-            if reduction.averaged:
+            if reduction.expects_mean:
                 _scale_mean(kept[i], full[i])
             else:
                 _scale(kept[i], full[i], reduction.factors()[i])
@@ -317,13 +318,13 @@ class _Slope(torch.autograd.Function):
 
 
 def _value_and_slopes(reduction: Reduction, wanted: tuple[int, ...], operands: Tensors) -> tuple[Tensor, list[Tensor]]:
-    """Value and slopes in one pass: but for their factors, or as they are if the values are averaged."""
+    """Value and slopes in one pass; if the reduction ``expects_mean`` the gradient of that, else without factors."""
     trailing, number = reduction.trailing(), len(operands)
     # A view of what requires gradients takes longer.
     operands = tuple(x.detach() for x in operands)
     out = operands[0].new_empty(_leading(reduction, operands))
     slopes = [_fresh(reduction, operands[i], trailing[i]) for i in wanted]
-    by = reduction.factors()[0] / out.numel() if reduction.averaged else 1.0
+    by = reduction.factors()[0] / out.numel() if reduction.expects_mean else 1.0
     counts = (*trailing, 0, *[trailing[i] for i in wanted])
     for tensors, scratch in _blocks(reduction, (*operands, out, *slopes), counts, wanted):
         rows, (part, *parts) = tensors[:number], tensors[number:]
@@ -344,7 +345,7 @@ class ErrorSum(Reduction):
     smallest = 2**18
     integers = (torch.uint8,)
     any_layout = True
-    averaged = True
+    expects_mean = True
 
     def flags(self) -> tuple[bool, bool, bool]:
         """What a kernel is chosen by."""
@@ -470,10 +471,10 @@ class _TracedErrors(torch.autograd.Function):
 
 
 def _row_by_row(x: Tensor, rows: Tensor, dims: int, memory: Tensor | None) -> Tensor:
-    """``x``, but where a condition holds that is computed for each row of ``rows``, and never holds.
+    """``x``, chosen by a condition that is computed for each row of ``rows`` and never fails.
 
     So inductor keeps a loop over rows around one over what is in them. It would make one of both, and could not join
-    that with the sum over a row. Where ``memory`` is given, it writes ``x`` into that, for nobody reads it any more.
+    that with the sum over a row. Where there is ``memory``, that is what is not chosen, and where it writes ``x``.
     """
     index: tuple[Any, ...] = (..., *[slice(1)] * dims)
     first = rows[index]
@@ -645,13 +646,15 @@ def _scale(slope: Tensor, scale: Tensor, factor: float) -> None:
 
 
 def _scale_mean(slope: Tensor, scale: Tensor) -> None:
-    """The same of a slope that has been scaled for the mean of all values.
+    """Times each row's scale, in the memory of ``slope``, which already has that of a mean, factor and all.
 
-    If that is what was asked for, nothing is left to do, and a pass over memory is saved. A look at the scale costs
-    nothing on a CPU, where no device has to be waited for.
+    If the mean was asked for, nothing is left to do, and a pass over memory is saved. A look at the scale costs nothing
+    on a CPU, where no device has to be waited for; a tracer cannot look.
     """
     expected = scale.new_ones(()) / scale.numel()
-    if torch.compiler.is_compiling() or not torch.equal(scale, expected.expand_as(scale)):
+    tracer = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    traced = torch.compiler.is_compiling() or tracer is not None
+    if traced or not torch.equal(scale, expected.expand_as(scale)):
         _scale(slope, scale / expected, 1.0)
 
 
@@ -713,6 +716,8 @@ def _blocks(
     spare: dict[int, Tensor] = {}
     for group in _rows(tensors, trailing, first, reduction.block):
         count, elements = group[first].shape[0], math.prod(group[first].shape[1:])
+        if count == 0:
+            return
         step = max(1, min(count, reduction.block // max(1, elements)))
         parts = [x.split(step) for x in group]  # type: ignore[no-untyped-call]
         if not spare:

@@ -1,4 +1,4 @@
-"""Huge pages for large results: advice to the kernel, which may take it or not."""
+"""Huge pages for large results: advice to the kernel, which may take it or not, and memory that it was given for."""
 
 import ctypes
 import functools
@@ -46,23 +46,31 @@ def advise_huge_pages(memory: Tensor) -> Tensor:
 def memory_like(x: Tensor) -> Tensor | None:
     """Memory in a compiled graph for a result like ``x``, None where :func:`advise_huge_pages` would do nothing.
 
-    What a compiler allocates by itself cannot be advised. It writes into this instead where a pointwise expression
-    reads it, and nothing else does.
+    What a compiler allocates by itself cannot be advised. inductor writes a pointwise result into this instead, if that
+    seems to read it, and nobody does later: ``torch.where(never, memory, result)``. No number in it means anything.
     """
-    if x.device.type != "cpu" or x.numel() * x.element_size() < SMALLEST or not _offered():
+    # Brings in a library that only compilers need.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    if x.device.type != "cpu" or type(x) not in (Tensor, torch.nn.Parameter) or not _offered():
         return None
-    memory: Tensor = _advised(x.shape, torch.empty_like(x, device="meta").stride(), x.dtype)
+    # Found out when it runs where sizes vary, for a comparison would compile a graph for each side of it.
+    if statically_known_true(x.numel() * x.element_size() < SMALLEST):
+        return None
+    # A number of x, or a compiler would take two calls of the same size for one.
+    one = x.detach()[(slice(1),) * x.ndim]
+    memory: Tensor = _advised(one, x.shape, torch.empty_like(x, device="meta").stride())
     return memory
 
 
 @torch.library.custom_op("rlloss::advised_memory", mutates_args=())
-def _advised(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return advise_huge_pages(torch.empty_strided(size, stride, dtype=dtype))
+def _advised(like: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:
+    return advise_huge_pages(like.new_empty_strided(size, stride))
 
 
 @_advised.register_fake
-def _(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return torch.empty_strided(size, stride, dtype=dtype)
+def _(like: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:
+    return like.new_empty_strided(size, stride)
 
 
 def _offered() -> bool:
@@ -70,7 +78,7 @@ def _offered() -> bool:
     return _madvise() is not None
 
 
-# What `torch.compiler.assume_constant_result` sets: it is called while the compiler traces.
+# What `torch.compiler.assume_constant_result` sets, which is untyped: a compiler calls it in place of tracing it.
 _offered._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -20,6 +20,7 @@ from rlloss import (
     dreamer_v3_model_loss,
     dreamer_v3_model_losses,
     dreamer_v3_model_terms,
+    pages,
     symlog,
 )
 from rlloss.dreamer_v3 import model_knobs
@@ -554,6 +555,30 @@ def test_official_loss_of_several_heads_in_every_variant(variant):
 
     args = with_heads(torch.float32)
     assert_close(variant(compute)(*args), compute(*args))
+
+
+@pytest.mark.filterwarnings("ignore")  # where warnings are errors, a compiler gets the formula in place of what it gets
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize(
+    "knobs", [{}, {"reco_loss": "l1", "reco_transform": "none"}, {"global_average": True}, "official"]
+)
+def test_loss_compiled_as_users_do(knobs, mask, dtype, monkeypatch):
+    torch.compiler.reset()
+    monkeypatch.setattr(pages, "SMALLEST", 1)
+    monkeypatch.setattr(pages, "_madvise", lambda: lambda *advice: 0)
+    outputs, batch = with_heads(dtype)
+    if mask:
+        batch["mask"] = make_batch(mask=True)["mask"]
+    knobs = {**(DREAMER_V3_OFFICIAL if knobs == "official" else knobs), "num_reward_bins": BINS}
+    compiled = torch.compile(loss_of_outputs, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (loss_of_outputs, compiled):
+        leaves = tree_map(lambda x: x.clone().requires_grad_(), outputs)
+        loss = function(leaves, batch, **knobs)
+        loss.backward()
+        results.append((loss, tree_map(lambda x: x.grad, leaves)))
+    assert_close(*results)
 
 
 def test_first_and_second_gradient_in_every_variant(variant):

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._inductor.utils import run_and_get_code
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -498,6 +499,45 @@ def test_inductor_writes_the_slope_into_advised_memory(advised, flags, last):
 
 
 @as_users
+def test_two_heads_of_one_size_have_memory_of_their_own(advised):
+    torch.compiler.reset()
+    first, second = large(), large()
+    function = error_sum(3, False, True, True)
+    compiled = torch.compile(
+        lambda x, y: fused.reduce(function, x, first[1])[0].mean() + fused.reduce(function, y, second[1])[0].mean(),
+        fullgraph=True,
+    )
+    leaves = first[0].requires_grad_(), second[0].requires_grad_()
+    got, (forward, *_) = run_and_get_code(compiled, *leaves)
+    expected = [function.formula(*operands)[0].mean() for operands in (first, second)]
+    assert_close(got, sum(expected))
+    assert_close(torch.autograd.grad(got, leaves), torch.autograd.grad(sum(expected), leaves))
+    assert len(advised) == 2
+    assert "empty_strided_cpu((2, 3, 64, 64)" not in forward
+
+
+@as_users
+@pytest.mark.parametrize("layout", ["expanded", "transposed", "in steps", "empty"])
+def test_inputs_of_any_layout_in_a_compiled_graph(advised, layout):
+    torch.compiler.reset()
+    operands = large()
+    if layout == "expanded":
+        operands = [x[:1].expand_as(x) for x in operands]
+    if layout == "transposed":
+        operands = [x.transpose(0, 1) for x in operands]
+    if layout == "in steps":
+        operands = [torch.cat([x, x], -1)[..., ::2] for x in operands]
+    if layout == "empty":
+        operands = [x[:0] for x in operands]
+    leaf, target = operands[0].detach().requires_grad_(), operands[1].requires_grad_()
+    function, formula = both(error_sum(2, False, True, True), (target.detach(),))
+    compiled = torch.compile(lambda x: function(x)[0].mean(-1).sum(), fullgraph=True)
+    got, expected = compiled(leaf), formula(leaf)[0].mean(-1).sum()
+    assert_close(got, expected)
+    assert_close(*[torch.autograd.grad(x, leaf)[0] for x in (got, expected)])
+
+
+@as_users
 @pytest.mark.parametrize("without", ["gradients", "a gradient", "size", "pages", "the dtype"])
 def test_memory_that_would_not_help_is_not_taken(advised, without, monkeypatch):
     torch.compiler.reset()
@@ -671,13 +711,13 @@ class Memory(TorchDispatchMode):
         return result
 
 
-#: What is made of the errors of 5 rows, and how many passes over the gradient that takes in backward.
+#: What is made of the errors of 4095 rows, and how many passes over the gradient that takes in backward.
 TOTALS = {
     "mean": (torch.mean, 0),
-    "weight 1": (lambda x: torch.tensor(1.0) * (x.sum() / 5), 0),
+    "weight 1": (lambda x: torch.tensor(1.0) * (x.sum() / 4095), 0),
     "weight 2": (lambda x: 2 * x.mean(), 1),
     "sum": (torch.sum, 1),
-    "mask": (lambda x: torch.where(torch.arange(5) < 3, x, 0).sum() / 3, 1),
+    "mask": (lambda x: torch.where(torch.arange(4095) < 3, x, 0).sum() / 3, 1),
     "nothing": (lambda x: 0 * x.sum(), 1),
     "curved": (lambda x: x.square().mean(), 1),
 }
@@ -698,10 +738,12 @@ class Passes(TorchDispatchMode):
 
 @pytest.mark.usefixtures("fast")
 @pytest.mark.parametrize("total", TOTALS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("flags", list(itertools.product([False, True], repeat=3)))
-def test_the_gradient_of_a_mean_is_written_once(flags, total):
+def test_the_gradient_of_a_mean_is_written_once(flags, total, dtype, monkeypatch):
+    set_block(monkeypatch, 3000)
     total, number = TOTALS[total]
-    prediction, target = normal(5, 6)
+    prediction, target = normal(4095, 6, dtype=dtype)
     function, formula = both(error_sum(1, *flags), (target,))
     prediction.requires_grad_()
     loss, expected = total(function(prediction)[0]), total(formula(prediction)[0])
@@ -709,6 +751,34 @@ def test_the_gradient_of_a_mean_is_written_once(flags, total):
         got = torch.autograd.grad(loss, prediction)[0]
     assert_close(got, torch.autograd.grad(expected, prediction)[0])
     assert len(passes.seen) == number, passes.seen
+
+
+@pytest.mark.usefixtures("fast")
+@pytest.mark.parametrize("total", [torch.mean, torch.sum])
+def test_a_tracer_of_operators_sees_all_there_is_to_do(total):
+    prediction, target = normal(5, 6)
+    function, formula = both(error_sum(1, False, True, True), (target,))
+
+    def gradient(x):
+        leaf = x.detach().requires_grad_()
+        return torch.autograd.grad(total(function(leaf)[0]), leaf)[0]
+
+    graph = make_fx(gradient)(torch.zeros(5, 6, dtype=torch.float64))
+    leaf = prediction.requires_grad_()
+    assert_close(graph(prediction), torch.autograd.grad(total(formula(leaf)[0]), leaf)[0])
+
+
+@pytest.mark.usefixtures("fast")
+@every_case
+def test_a_batch_of_nothing(name):
+    reduction, draw = CASES[name]
+    operands = draw()
+    live, constants = operands[: reduction.live], operands[reduction.live :]
+    function, formula = both(reduction, constants)
+    none = tuple(x.new_empty(0, *x.shape) for x in live)
+    assert_close(vmap(function)(*none), vmap(formula)(*none))
+    sums = [lambda *x, f=f: torch.stack(f(*x)).sum() for f in (function, formula)]
+    assert_close(*[vmap(grad(f))(*none) for f in sums])
 
 
 @pytest.mark.parametrize(

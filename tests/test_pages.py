@@ -68,7 +68,7 @@ def test_memory_in_a_graph_is_advised_when_it_runs(advised, dtype):
 def test_memory_in_a_graph_is_an_operator_like_any_other():
     # The other checks compare what is in the memory.
     torch.library.opcheck(
-        pages._advised, ([4, 3], [1, 4], torch.float32), test_utils=("test_schema", "test_faketensor")
+        pages._advised, (torch.zeros(1), [4, 3], [1, 4]), test_utils=("test_schema", "test_faketensor")
     )
 
 
