@@ -173,8 +173,8 @@ def _may_be_error(category: type[Warning]) -> bool:
     return False
 
 
-# What `torch.compiler.assume_constant_result` sets, which is untyped: a compiler calls it in place of tracing it.
-# Transforms are guarded.
+# What `torch.compiler.assume_constant_result` sets, which would import the compiler with rlloss: the function is called
+# while a graph is traced, which guards transforms.
 _function_is_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

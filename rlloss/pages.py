@@ -78,7 +78,8 @@ def _offered() -> bool:
     return _madvise() is not None
 
 
-# What `torch.compiler.assume_constant_result` sets, which is untyped: a compiler calls it in place of tracing it.
+# What `torch.compiler.assume_constant_result` sets, which would import the compiler with rlloss: the function is called
+# while a graph is traced.
 _offered._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
