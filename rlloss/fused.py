@@ -3,7 +3,7 @@ r"""The hot reductions in one pass over memory; how fast paths are chosen, and n
 A loss does almost no arithmetic. Its time is the memory it touches, most of all the fresh pages of full-size
 temporaries; so a fast path has none: each element of a gradient is written once, and once more where it is scaled.
 Gradients of errors are scaled in advance for the mean over all rows, and once more only where the loss is something
-else. Large ones lie in huge pages where the kernel has them (pages.py).
+else. Large ones lie where others lay that are gone, in huge pages where the kernel has them (pages.py).
 
 =============================================  ========  ============================================================
 where                                          path      why
@@ -694,7 +694,7 @@ def _fold(info: Any, dims: Sequence[int | None], tensors: Tensors) -> list[Tenso
 
 def _fresh(reduction: Reduction, like: Tensor, trailing: int) -> Tensor:
     """Memory for a gradient."""
-    return pages.advise_huge_pages(_laid_out(reduction, like, trailing))
+    return pages.for_result(_laid_out(reduction, like, trailing))
 
 
 def _laid_out(reduction: Reduction, like: Tensor, trailing: int) -> Tensor:

@@ -1,9 +1,10 @@
-"""Huge pages for large results: advice to the kernel, which may take it or not, and memory that it was given for."""
+"""Memory for large results: in huge pages, where the kernel has them, and again when the result is gone."""
 
 import ctypes
 import functools
 import mmap
 import sys
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,56 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SMALLEST = 2**25  # bytes; beyond, glibc's malloc asks the kernel anew each time, and each page is a fault to serve
+SMALLEST = 2**24  # bytes; what glibc's malloc does with so many when they are free is to hand them back to the kernel
 STEP = 256  # bytes; a write in each is enough work for torch to give every thread a part of the memory
+SIZES = 4  # of which memory is kept; a step may have as many kinds of large results
 STATE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+#: Memory of results that are gone, by its bytes. No number in it means anything: a cache, and no state.
+_IDLE: dict[int, list[Tensor]] = {}
+
+
+def for_result(memory: Tensor) -> Tensor:
+    """``memory``, or that of a result as large which is gone; where it is large, else as it is.
+
+    malloc hands memory of that size back to the kernel. A loop that makes such a result in each step has all of it
+    cleared by the kernel in each step, which takes as long as the loss. Here it is kept for the next result of exactly
+    that many bytes, as CUDA's memory is by torch: for the sizes asked for last, as much of each as was in use at once.
+    :func:`forget` lets go of it.
+
+    A result is gone when nothing refers to its storage, which is like any other, but cannot be resized.
+
+    Args:
+        memory: as :func:`advise_huge_pages` takes it, which it is handed to when it is to be used.
+    """
+    size = memory.untyped_storage().nbytes()
+    # Who looks at each operation, as tracers do, is to see where memory comes from.
+    observed = torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+    if size < SMALLEST or memory.device.type != "cpu" or observed:
+        return advise_huge_pages(memory)
+    # Threads may meet here: each takes what no other can take any more, and at worst some memory is not kept.
+    idle = _IDLE.pop(size, [])
+    _IDLE[size] = idle
+    for longest_ago in list(_IDLE)[:-SIZES]:
+        _IDLE.pop(longest_ago, None)
+    try:
+        kept = idle.pop()
+    except IndexError:
+        kept = advise_huge_pages(memory)
+    # A storage tells nobody when it is gone, but lets go of the buffer that it was made of.
+    lent = (ctypes.c_char * size).from_address(kept.data_ptr())
+    weakref.finalize(lent, _keep, kept).atexit = False
+    storage = torch.frombuffer(lent, dtype=memory.dtype).untyped_storage()
+    return memory.new_empty(0).set_(storage, 0, memory.shape, memory.stride())
+
+
+def forget() -> None:
+    """Give memory that lies idle back."""
+    _IDLE.clear()
+
+
+def _keep(memory: Tensor) -> None:
+    _IDLE.setdefault(memory.nbytes, []).append(memory)
 
 
 def advise_huge_pages(memory: Tensor) -> Tensor:
@@ -44,7 +92,7 @@ def advise_huge_pages(memory: Tensor) -> Tensor:
 
 
 def memory_like(x: Tensor) -> Tensor | None:
-    """Memory in a compiled graph for a result like ``x``, None where :func:`advise_huge_pages` would do nothing.
+    """Memory in a compiled graph for a result like ``x``, None where there are no huge pages or it is small.
 
     What a compiler allocates by itself cannot be advised. inductor writes a pointwise result into this instead, if that
     seems to read it, and nobody does later: ``torch.where(never, memory, result)``. No number in it means anything.
@@ -65,7 +113,7 @@ def memory_like(x: Tensor) -> Tensor | None:
 
 @torch.library.custom_op("rlloss::advised_memory", mutates_args=())
 def _advised(like: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:
-    return advise_huge_pages(like.new_empty_strided(size, stride))
+    return for_result(like.new_empty_strided(size, stride))
 
 
 @_advised.register_fake

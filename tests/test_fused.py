@@ -468,7 +468,9 @@ def advised(monkeypatch):
     sizes = []
     monkeypatch.setattr(pages, "SMALLEST", 2**16)
     monkeypatch.setattr(pages, "_madvise", lambda: lambda start, length, advice: sizes.append(length) or -1)
-    return sizes
+    pages.forget()
+    yield sizes
+    pages.forget()
 
 
 def large(*, last=False):

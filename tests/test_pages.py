@@ -1,15 +1,27 @@
-"""Large gradients ask for huge pages, and nothing else is asked for or lost."""
+"""Large gradients ask for huge pages, lie where others lay that are gone, and nothing else is asked for or lost."""
 
+import copy
+import io
 import mmap
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlloss
 from rlloss import pages
-from rlloss.pages import SMALLEST, STEP, advise_huge_pages
+from rlloss.pages import SMALLEST, STEP, advise_huge_pages, for_result, forget
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept():
+    """No memory is left from another test, nor for one."""
+    forget()
+    yield
+    forget()
 
 
 @pytest.fixture
@@ -116,6 +128,148 @@ def test_large_gradients_are_advised(advised):
     assert len(advised) == 1
     gradient(SMALLEST // 4 - 1)
     assert len(advised) == 1
+
+
+# ------------------------------------------------------------------------------------------------ memory kept
+
+
+def result(rows=64, dtype=torch.float32, size=SMALLEST):
+    """A large result, in columns."""
+    return for_result(torch.empty(size // dtype.itemsize // rows, rows, dtype=dtype).t())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_result_lies_where_one_lay_that_is_gone(advised, dtype):
+    first = result()
+    address = first.data_ptr()
+    del first
+    second = result(32, dtype)
+    assert second.data_ptr() == address
+    assert (second.shape, second.stride(), second.dtype) == ((32, SMALLEST // dtype.itemsize // 32), (1, 32), dtype)
+    assert second.is_contiguous() is False
+    assert second._base is None
+    assert not second.requires_grad
+    assert len(advised) == 1
+
+
+HOLDERS = {
+    "a reference": lambda x: x,
+    "a view": lambda x: x[3:, ::2],
+    "numpy": lambda x: x.numpy(),
+    "dlpack": torch.from_dlpack,
+    "a storage": lambda x: x.untyped_storage(),
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_no_result_lies_where_one_is_still_seen(holder):
+    held = HOLDERS[holder](result().fill_(1.0))
+    second = result().fill_(2.0)
+    seen = torch.empty(0).set_(held) if holder == "a storage" else held
+    assert (seen == 1.0).all()
+    del held, seen
+    assert result().data_ptr() != second.data_ptr()
+
+
+def test_no_result_lies_where_one_is_saved_for_backward():
+    factor = torch.ones((), requires_grad=True)
+    product = result().fill_(1.0) * factor
+    result().fill_(2.0)
+    product.sum().backward()
+    assert factor.grad == SMALLEST // 4
+
+
+def test_memory_is_kept_of_the_sizes_asked_for_last(monkeypatch):
+    monkeypatch.setattr(pages, "SMALLEST", 2**16)
+
+    def sizes():
+        return [size >> 16 for size, idle in pages._IDLE.items() if idle]
+
+    several = [result(size=2**16) for _ in range(3)]
+    del several
+    assert len(pages._IDLE[2**16]) == 3
+    for number in (2, 3, 4):
+        result(size=number << 16)
+    assert sizes() == [1, 2, 3, 4]
+    result(size=2 << 16)
+    assert sizes() == [1, 3, 4, 2]
+    result(size=5 << 16)
+    assert sizes() == [3, 4, 2, 5]
+    held = result(size=3 << 16)
+    assert sizes() == [4, 2, 5]
+    del held
+    assert sizes() == [4, 2, 5, 3]
+    forget()
+    assert not pages._IDLE
+
+
+def test_small_results_and_other_devices_are_not_kept():
+    small, other = torch.empty(SMALLEST - 4, dtype=torch.uint8), torch.empty(SMALLEST, device="meta")
+    assert for_result(small) is small
+    assert for_result(other) is other
+    assert not pages._IDLE
+
+
+class Looks(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
+@pytest.mark.parametrize("by", ["a mode", "a tracer"])
+def test_who_looks_at_operations_sees_memory_being_made(by):
+    def check(x):
+        memory = torch.empty(SMALLEST, dtype=torch.uint8)
+        assert for_result(memory) is memory
+        return x
+
+    result()
+    if by == "a tracer":
+        torch.jit.trace(check, torch.zeros(()), check_trace=False)
+    else:
+        with Looks():
+            check(None)
+    assert list(pages._IDLE) == [SMALLEST]
+
+
+def test_threads_do_not_share_memory():
+    def work(number):
+        for _ in range(20):
+            mine = result().fill_(number)
+            if not (mine == number).all():
+                return False
+        return True
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(work, range(4)))
+
+
+def test_gradients_of_a_loop_lie_in_the_same_memory():
+    places = set()
+    for _ in range(3):
+        grad = gradient(SMALLEST // 4)
+        assert torch.equal(grad, torch.full_like(grad, -2.0))
+        places.add(grad.data_ptr())
+        del grad
+    assert len(places) == 1
+    kept = [gradient(SMALLEST // 4) for _ in range(3)]
+    assert len({grad.data_ptr() for grad in kept}) == 3
+
+
+def test_a_gradient_is_a_tensor_like_any_other():
+    grad = gradient(SMALLEST // 4)
+    assert torch.equal(copy.deepcopy(grad), grad)
+    file = io.BytesIO()
+    torch.save(grad, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file), grad)
+    grad.mul_(2).sub_(1)
+    assert (grad == -5).all()
+    shared = grad.share_memory_()
+    assert shared.is_shared()
+    assert (shared == -5).all()
+    with pytest.raises(RuntimeError, match="not resizable"):
+        gradient(SMALLEST // 4).resize_(SMALLEST)
 
 
 @pytest.mark.skipif(pages._madvise() is None, reason="this kernel gives no huge pages")

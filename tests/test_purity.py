@@ -13,17 +13,18 @@ PACKAGE = Path(rlloss.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 #: Functions that may write in place: kernels of fused.py, which see blocks of rows and write into scratch and output
-#: that the caller has just made, never into the rows; the passes of a recurrence, into their own results; and what
-#: readies memory that nobody has written yet.
+#: that the caller has just made, never into the rows; the passes of a recurrence, into their own results; what readies
+#: memory that nobody has written yet; and the selection of rows, into such memory.
 #: tests/test_fused.py and tests/test_recurrence.py check that no argument changes.
 KERNELS = {
     "fused.py": {"prepare", "value", "slope", "_bytes", "_log_ratio", "_softmax_slope", "_scale"},
     "recurrence.py": {"forward", "backward"},
-    "pages.py": {"advise_huge_pages"},
+    "pages.py": {"advise_huge_pages", "for_result"},
+    "rnd.py": {"_rows"},
 }
 
 #: Functions that may ask where memory lies: on a CPU nothing has to be waited for.
-ADDRESSES = {"pages.py": {"advise_huge_pages"}}
+ADDRESSES = {"pages.py": {"advise_huge_pages", "for_result"}}
 
 #: Functions whose result in Python depends on values, for a branch.
 BRANCHES = {"equal", "allclose"}

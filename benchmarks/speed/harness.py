@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from rlloss.pages import STATE
+from rlloss.pages import STATE, forget
 
 LIMIT = "limit"  # the contender that only does what nobody can leave out
 MOST = 101  # rounds at most
@@ -203,13 +203,17 @@ def _rounds(first: int, repetitions: int, seconds: float) -> Iterator[int]:
 
 
 def peak_memory(contender: Callable[[], object], device: str = "cpu") -> int:
-    """Bytes that one call has allocated at its worst moment, above what was there before it."""
+    """Bytes that one call has allocated at its worst moment, above what was there before it.
+
+    What our losses keep of memory that they had before is given back first: to write into it costs memory too.
+    """
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         contender()
         return torch.cuda.max_memory_allocated() - before
+    forget()
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         contender()
