@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from rlloss import checks, random
+from rlloss import checks, pages, random
+from rlloss.fused import watched
 from rlloss.statistics import (
     VARIANCE_FLOOR,
     DiscountedSum,
@@ -453,10 +454,15 @@ def _select(batch: Batch, key_mask: Tensor | None) -> Batch:
 def _rows(x: Tensor, rows: Tensor) -> Tensor:
     """``x[rows]``, in the memory format of ``x``."""
     rows = _from_start(rows, x.shape[0])
-    if x.ndim > 2 and x.stride(1) < x.stride(-1):
-        # Of images in channels_last, index_select would copy number by number, and into another memory format.
-        return torch.index_select(x.movedim(1, -1), 0, rows).movedim(-1, 1)
-    return torch.index_select(x, 0, rows)
+    # Of images in channels_last, index_select would copy number by number, and into another memory format.
+    last = x.ndim > 2 and x.stride(1) < x.stride(-1)
+    x = x.movedim(1, -1) if last else x
+    out = None
+    # Rows of images are large: their pages would be fresh in each call. Written with out=, they have no gradient.
+    if x.layout == torch.strided and not x.requires_grad and not watched(x, rows):
+        out = pages.for_result(x.new_empty(rows.shape[0], *x.shape[1:]))
+    chosen = torch.index_select(x, 0, rows, out=out)
+    return chosen.movedim(-1, 1) if last else chosen
 
 
 def _scatter(error: Tensor, rows: Tensor, size: int) -> Tensor:

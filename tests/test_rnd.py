@@ -18,6 +18,7 @@ from rlloss import (
     DiscountedSum,
     RunningMeanStd,
     discounted_sum_init,
+    pages,
     random,
     rnd_error,
     rnd_error_and_target_features,
@@ -832,6 +833,33 @@ def test_rows_of_any_layout_in_every_variant(variant, layout):
 
     args = (observations(3, 2, 2, 2), observations(3, 2, 2, 2, seed=8), images, ROWS)
     assert_close(variant(compute)(*args), compute(*args[:2], images.contiguous(), ROWS))
+
+
+@pytest.mark.parametrize("wanted", ["nothing", "parameters", "images"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_lie_where_others_lay(monkeypatch, layout, wanted):
+    monkeypatch.setattr(pages, "SMALLEST", 1)
+    pages.forget()
+    places, weight = set(), observations(3, 2, 2, 2).requires_grad_(wanted == "parameters")
+
+    def convolution(weight, x):
+        return torch.nn.functional.conv2d(x, weight).flatten(1)
+
+    def noting(weight, x):
+        places.add(x.data_ptr())
+        return convolution(weight, x)
+
+    for seed in range(3):
+        images = LAYOUTS[layout](observations(BATCH, 2, 4, 5, seed=seed)).requires_grad_(wanted == "images")
+        results = []
+        for selected, rows, predictor in ((images, ROWS, noting), (images[ROWS], None, convolution)):
+            loss = rnd_loss(weight, 2 * weight.detach(), selected, rows, predictor=predictor)
+            of = {"nothing": [], "parameters": [weight], "images": [images]}[wanted]
+            results.append((loss.detach(), torch.autograd.grad(loss, of) if of else ()))
+            del loss
+        assert_close(*results)
+    assert wanted == "images" or len(places) == 1
+    pages.forget()
 
 
 # ---- samples that do not count ---------------------------------------------------------------------------------------
