@@ -20,7 +20,7 @@ from benchmarks.speed.harness import MOST, Case, Row, Settings, compare, first_c
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # of torchrl, about itself
-    from benchmarks.speed import update
+    from benchmarks.speed import loops, update
 
 NOTHING = float("nan")
 
@@ -172,10 +172,11 @@ def test_goals_name_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.nn.init.orthogonal_", lambda weight, gain: weight)  # slow, and nothing runs here
     named = {place for goal in (*goals.CPU, *goals.CUDA) for place in (goal.over, goal.under)}
     there = {
-        (suite, case.name, case.size, "limit" if contender.startswith("limit") else contender)
+        (suite, case.name, case.size, name)
         for suite in {place[0] for place in named}
         for case in importlib.import_module(f"benchmarks.speed.{suite}").cases(False, "cpu")
         for contender in case.contenders
+        for name in (contender, contender.partition(":")[0])  # goals say limit alone
     }
     assert not named - there
 
@@ -269,6 +270,31 @@ def test_updates_with_cuda_are_those_that_the_table_wants(
     assert {device for _, device, _ in made} == {"cuda"}
     assert sum(knobs.get("cuda_graph", False) for _, _, knobs in made) == 3 * len(agents)
     assert len(next(update.cases(quick, "cpu")).contenders) == 5
+
+
+def test_a_scan_takes_the_steps_of_the_recurrent_model() -> None:
+    sizes = update.Sizes(deter=16, hidden=8, stoch=3, classes=4, units=8)
+    results = []
+    for scanned in (False, True):
+        torch.manual_seed(0)
+        rssm = loops.RSSM(loops.ACTION, 8, deter=16, hidden=8, stoch=3, classes=4).double()
+        data = {k: x.double() if x.is_floating_point() else x for k, x in loops.draw(sizes, 2, 5, "cpu").items()}
+        observe = rssm.observe
+        if scanned:
+            rssm.compiled = loops.Scan(rssm), None
+            observe = torch.compile(observe, fullgraph=True, backend="aot_eager")
+        done = observe(**data)
+        loops.squares(done.deter, done.stoch, done.prior_logits, done.posterior_logits).backward()
+        results.append((done, [p.grad for p in rssm.parameters()]))
+    torch.testing.assert_close(*results)
+
+
+def test_loops_do_the_same_work() -> None:
+    case = next(loops.cases(True, "cpu"))
+    data = case.draw()
+    values = {name: run(data) for name, run in case.contenders.items() if "eager" in name}
+    assert list(values) == ["torchrl eager", "rlloss_nn eager"]
+    assert all(value.isfinite() and value > 0 for value in values.values())
 
 
 def test_goals_on_cuda() -> None:

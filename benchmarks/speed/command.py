@@ -19,7 +19,7 @@ import torch
 from benchmarks.speed import goals, paths, report
 from benchmarks.speed.harness import MOST, Case, Row, Settings, machine, measure
 
-SUITES = ("model_loss", "returns", "rnd", "ensembles", "update")
+SUITES = ("model_loss", "returns", "rnd", "ensembles", "loops", "update")
 RESULTS = Path(__file__).parent / "results"
 
 

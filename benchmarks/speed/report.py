@@ -143,9 +143,12 @@ def _dots(panel: plt.Axes, rows: Sequence[Row], contenders: Sequence[str]) -> No
 
 
 def _look(name: str, contenders: Sequence[str]) -> dict[str, object]:
-    """The limit dashed grey; torchrl in warm colours, all others in cold ones; what is compiled has a full marker."""
+    """The limit in grey, dashed, or dotted if compiled; torchrl in warm colours, all others in cold ones.
+
+    What is compiled has a full marker.
+    """
     if name.startswith(LIMIT):
-        return {"color": "0.35", "linestyle": "--"}
+        return {"color": "0.35", "linestyle": ":" if "compiled" in name else "--"}
     theirs = name.startswith(("torchrl", "Python loop"))
     group = [other for other in contenders if not other.startswith(LIMIT)]
     group = [other for other in group if other.startswith(("torchrl", "Python loop")) == theirs]
