@@ -131,6 +131,15 @@ def test_the_update_is_a_function(run):
     assert sum(moved) > len(moved) / 2
 
 
+def test_the_update_with_its_optimiser_can_be_one_graph(run):
+    _, batch, noise = batch_of(run)
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        compiled = torch.compile(run.update, fullgraph=True, backend="aot_eager")
+        arguments = run.learner, batch, noise
+        torch.testing.assert_close(compiled(*arguments), run.update(*arguments))
+
+
 def same(a, b):
     torch.testing.assert_close(tree_flatten(a)[0], tree_flatten(b)[0], rtol=0, atol=0)
 
