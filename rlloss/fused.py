@@ -693,15 +693,11 @@ def _fold(info: Any, dims: Sequence[int | None], tensors: Tensors) -> list[Tenso
 
 
 def _fresh(reduction: Reduction, like: Tensor, trailing: int) -> Tensor:
-    """Memory for a gradient."""
-    return pages.for_result(_laid_out(reduction, like, trailing))
-
-
-def _laid_out(reduction: Reduction, like: Tensor, trailing: int) -> Tensor:
-    """An empty tensor in the order of ``like`` if the kernel can write and its rows can be counted there."""
-    if reduction.any_layout and _viewable(out := torch.empty_like(like), trailing):
-        return out
-    return like.new_empty(like.shape)
+    """Memory for a gradient, in the order of ``like`` if the kernel can write and its rows can be counted there."""
+    laid_out = torch.empty_like(like, device="meta")
+    if not (reduction.any_layout and _viewable(laid_out, trailing)):
+        return pages.for_result(like, like.shape)
+    return pages.for_result(like, like.shape, laid_out.stride())
 
 
 def _blocks(

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import math
 import mmap
 import sys
 import weakref
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SMALLEST = 2**24  # bytes; what glibc's malloc does with so many when they are free is to hand them back to the kernel
+SMALLEST = 2**24  # bytes; below, malloc mostly has the memory of the last result still
 STEP = 256  # bytes; a write in each is enough work for torch to give every thread a part of the memory
 SIZES = 4  # of which memory is kept; a step may have as many kinds of large results
 STATE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -21,47 +22,57 @@ STATE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _IDLE: dict[int, list[Tensor]] = {}
 
 
-def for_result(memory: Tensor) -> Tensor:
-    """``memory``, or that of a result as large which is gone; where it is large, else as it is.
+def for_result(like: Tensor, size: Sequence[int], stride: Sequence[int] = ()) -> Tensor:
+    """Memory for a result; where it is large, that of one as large which is gone.
 
-    malloc hands memory of that size back to the kernel. A loop that makes such a result in each step has all of it
-    cleared by the kernel in each step, which takes as long as the loss. Here it is kept for the next result of exactly
-    that many bytes, as CUDA's memory is by torch: for the sizes asked for last, as much of each as was in use at once.
+    malloc hands large memory back to the kernel. A loop that makes such a result in each step has all of it cleared by
+    the kernel in each step, which takes as long as the loss. Here it is kept for the next result of exactly that many
+    bytes, as CUDA's memory is by torch: for the few sizes asked for last, as much of each as was in use at once.
     :func:`forget` lets go of it.
 
     A result is gone when nothing refers to its storage, which is like any other, but cannot be resized.
 
     Args:
-        memory: as :func:`advise_huge_pages` takes it, which it is handed to when it is to be used.
+        like: has the dtype and the device.
+        size: of the result.
+        stride: of the result, by which it is contiguous in some order of its dimensions; in theirs if not given.
     """
-    size = memory.untyped_storage().nbytes()
+    size, nbytes = tuple(size), math.prod(size) * like.element_size()
     # Who looks at each operation, as tracers do, is to see where memory comes from.
     observed = torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
-    if size < SMALLEST or memory.device.type != "cpu" or observed:
-        return advise_huge_pages(memory)
+    if nbytes < SMALLEST or like.device.type != "cpu" or observed:
+        return _advised_empty(like, size, stride)
     # Threads may meet here: each takes what no other can take any more, and at worst some memory is not kept.
-    idle = _IDLE.pop(size, [])
-    _IDLE[size] = idle
+    idle = _IDLE.pop(nbytes, [])
+    _IDLE[nbytes] = idle
     for longest_ago in list(_IDLE)[:-SIZES]:
         _IDLE.pop(longest_ago, None)
     try:
         kept = idle.pop()
     except IndexError:
-        kept = advise_huge_pages(memory)
+        kept = _advised_empty(like, size, stride)
+    if kept.untyped_storage().nbytes() != nbytes:
+        return kept  # with gaps, or less than it seems
     # A storage tells nobody when it is gone, but lets go of the buffer that it was made of.
-    lent = (ctypes.c_char * size).from_address(kept.data_ptr())
-    weakref.finalize(lent, _keep, kept).atexit = False
-    storage = torch.frombuffer(lent, dtype=memory.dtype).untyped_storage()
-    return memory.new_empty(0).set_(storage, 0, memory.shape, memory.stride())
+    lent = (ctypes.c_char * nbytes).from_address(kept.data_ptr())
+    weakref.finalize(lent, _keep, nbytes, kept).atexit = False
+    storage = torch.frombuffer(lent, dtype=like.dtype).untyped_storage()
+    return like.new_empty(0).set_(storage, 0, size, tuple(stride))
 
 
 def forget() -> None:
-    """Give memory that lies idle back."""
+    """Give memory that lies idle back; that of results that are still there is not kept either."""
     _IDLE.clear()
 
 
-def _keep(memory: Tensor) -> None:
-    _IDLE.setdefault(memory.nbytes, []).append(memory)
+def _keep(nbytes: int, memory: Tensor) -> None:
+    idle = _IDLE.get(nbytes)
+    if idle is not None:
+        idle.append(memory)
+
+
+def _advised_empty(like: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:
+    return advise_huge_pages(like.new_empty_strided(size, stride) if stride else like.new_empty(size))
 
 
 def advise_huge_pages(memory: Tensor) -> Tensor:
@@ -113,7 +124,7 @@ def memory_like(x: Tensor) -> Tensor | None:
 
 @torch.library.custom_op("rlloss::advised_memory", mutates_args=())
 def _advised(like: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:
-    return for_result(like.new_empty_strided(size, stride))
+    return for_result(like, size, stride)
 
 
 @_advised.register_fake

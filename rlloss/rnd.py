@@ -460,7 +460,7 @@ def _rows(x: Tensor, rows: Tensor) -> Tensor:
     out = None
     # Rows of images are large: their pages would be fresh in each call. Written with out=, they have no gradient.
     if x.layout == torch.strided and not x.requires_grad and not watched(x, rows):
-        out = pages.for_result(x.new_empty(rows.shape[0], *x.shape[1:]))
+        out = pages.for_result(x, (rows.shape[0], *x.shape[1:]))
     chosen = torch.index_select(x, 0, rows, out=out)
     return chosen.movedim(-1, 1) if last else chosen
 

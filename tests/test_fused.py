@@ -708,7 +708,8 @@ class Memory(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if not function.is_view:
-            storages = [x.untyped_storage() for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+            tensors = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor) and not x.is_meta]
+            storages = [x.untyped_storage() for x in tensors]
             self.sizes |= {storage.data_ptr(): storage.nbytes() for storage in storages}
         return result
 
