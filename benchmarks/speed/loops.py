@@ -1,12 +1,14 @@
 """DreamerV3's recurrent model over T steps, forward and backward: how to compile a loop over time.
 
 A compiler unrolls a loop, which takes it minutes. `rlloss_nn` compiles one step and has an operation run it for all,
-and torch has `scan`, here with the same step. torchrl's rollout has both ways too, and is compiled by itself; ours is
-one graph with what is around it, the losses of all outputs here.
+and torch has `scan`, here with the same step. torchrl's rollout has both ways too, here compiled by itself and with no
+step of a scan unrolled, as it is by default; it draws in each step, the prior's state too, and hands on all it has.
+Ours is given its noise, and is one graph with what is around it, the losses of all outputs here.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from tensordict import TensorDict
@@ -39,20 +41,34 @@ def cases(quick: bool, device: str) -> Iterator[Case]:
     yield Case("1M agent", f"B {batch}, T {length}", length, partial(draw, sizes, batch, length, device), contenders)
 
 
-def draw(sizes: Sizes, batch: int, length: int, device: str) -> dict[str, Tensor]:
-    """Sequences without an end."""
+class Data(NamedTuple):
+    """The same sequences, without an end, as each side takes them."""
+
+    tensors: dict[str, Tensor]
+    tensordict: TensorDict
+
+
+def draw(sizes: Sizes, batch: int, length: int, device: str) -> Data:
     data = {
         "tokens": torch.randn(batch, length, sizes.units),
         "action": torch.rand(batch, length, ACTION) * 2 - 1,
         "is_first": torch.zeros(batch, length, dtype=torch.bool),
-        "noise": torch.randn(batch, length, sizes.stoch, sizes.classes),
+        "noise": -torch.empty(batch, length, sizes.stoch, sizes.classes).exponential_().log(),  # Gumbel distributed
     }
-    return {name: x.to(device) for name, x in data.items()}
+    data = {name: x.to(device) for name, x in data.items()}
+    zeros = {"state": sizes.latent, "belief": sizes.deter}
+    given = {
+        **{name: torch.zeros(batch, length, size, device=device) for name, size in zeros.items()},
+        "action": data["action"],
+        "is_init": data["is_first"].unsqueeze(-1),
+        "next": {"encoded_latents": data["tokens"]},
+    }
+    return Data(data, TensorDict(given, (batch, length)))
 
 
-def backward(network: nn.Module, loss: Callable[[dict[str, Tensor]], Tensor]) -> Callable[[dict[str, Tensor]], Tensor]:
-    def run(data: dict[str, Tensor]) -> Tensor:
-        # A check of operations at their first call would have the steps compiled twice.
+def backward(network: nn.Module, loss: Callable[[Data], Tensor]) -> Callable[[Data], Tensor]:
+    def run(data: Data) -> Tensor:
+        # A check of operations at their first call would have our steps compiled twice.
         with functorch_config.patch(check_custom_op_aliasing=False):
             value = loss(data)
             value.backward()
@@ -83,12 +99,12 @@ class Scan:
         return done
 
 
-def ours(sizes: Sizes, device: str, compiled: str = "") -> Callable[[dict[str, Tensor]], Tensor]:
+def ours(sizes: Sizes, device: str, compiled: str = "") -> Callable[[Data], Tensor]:
     torch.manual_seed(0)
     rssm = RSSM(ACTION, sizes.units, **{k: v for k, v in sizes._asdict().items() if k != "units"}).to(device)
 
-    def loss(data: dict[str, Tensor]) -> Tensor:
-        done = rssm.observe(**data)
+    def loss(data: Data) -> Tensor:
+        done = rssm.observe(**data.tensors)
         return squares(done.deter, done.stoch, done.prior_logits, done.posterior_logits)
 
     if compiled:
@@ -98,22 +114,14 @@ def ours(sizes: Sizes, device: str, compiled: str = "") -> Callable[[dict[str, T
     return backward(rssm, torch.compile(loss, fullgraph=True) if compiled else loss)
 
 
-def torchrl(sizes: Sizes, device: str, compiled: str = "") -> Callable[[dict[str, Tensor]], Tensor]:
+def torchrl(sizes: Sizes, device: str, compiled: str = "") -> Callable[[Data], Tensor]:
     torch.manual_seed(0)
     _, rollout = torchrl_loss(sizes, device)
     if compiled:
         rollout.compile_rollout(compiled)
 
-    def loss(data: dict[str, Tensor]) -> Tensor:
-        steps = data["action"].shape[:2]
-        zeros = {"state": sizes.latent, "belief": sizes.deter}
-        given = {
-            **{name: torch.zeros(*steps, size, device=device) for name, size in zeros.items()},
-            "action": data["action"],
-            "is_init": data["is_first"].unsqueeze(-1),
-            "next": {"encoded_latents": data["tokens"]},
-        }
-        done = rollout(TensorDict(given, steps))["next"]
+    def loss(data: Data) -> Tensor:
+        done = rollout(data.tensordict)["next"]
         return squares(done["belief"], done["state"], done["prior_logits"], done["posterior_logits"])
 
     return backward(rollout, loss)

@@ -1,8 +1,9 @@
 """The world-model loss of DreamerV3, forward and backward, on given network outputs; and its two hardest terms alone.
 
-Latents 32 x 32, 255 bins. Both sides get the same tensors and write their gradients into fresh memory: torchrl's
-`DreamerV3ModelLoss` from a world model that hands on what the TensorDict holds, rlloss the same as a pure function.
-The limit reads each input once and writes each gradient.
+Latents 32 x 32, 255 bins. Both sides get the same tensors: torchrl's `DreamerV3ModelLoss` from a world model that hands
+on what the TensorDict holds, rlloss the same as a pure function. The limit reads each input once and writes each
+gradient. Gradients are dropped after each call. torchrl and the limit then need fresh memory, while rlloss keeps that
+of large ones (rlloss/pages.py) and can be faster than the limit.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -170,7 +171,7 @@ def case(name: str, size: tuple[int, int], new: Callable[[], Data], contenders: 
 
 
 def backward(loss: Callable[[Data], Tensor | None]) -> Callable[[Data], Tensor | None]:
-    """Forward and backward; the gradients are dropped, so that the next call needs fresh memory."""
+    """Forward and backward; the gradients are dropped."""
 
     def run(data: Data) -> Tensor | None:
         value = loss(data)
