@@ -694,10 +694,9 @@ def _fold(info: Any, dims: Sequence[int | None], tensors: Tensors) -> list[Tenso
 
 def _fresh(reduction: Reduction, like: Tensor, trailing: int) -> Tensor:
     """Memory for a gradient, in the order of ``like`` if the kernel can write and its rows can be counted there."""
-    laid_out = torch.empty_like(like, device="meta")
-    if not (reduction.any_layout and _viewable(laid_out, trailing)):
-        return pages.for_result(like, like.shape)
-    return pages.for_result(like, like.shape, laid_out.stride())
+    if reduction.any_layout and _viewable(laid_out := torch.empty_like(like, device="meta"), trailing):
+        return pages.for_result(like, like.shape, laid_out.stride())
+    return pages.for_result(like, like.shape)
 
 
 def _blocks(

@@ -37,10 +37,11 @@ def for_result(like: Tensor, size: Sequence[int], stride: Sequence[int] = ()) ->
         size: of the result.
         stride: of the result, by which it is contiguous in some order of its dimensions; in theirs if not given.
     """
-    size, nbytes = tuple(size), math.prod(size) * like.element_size()
+    size, stride, numbers = tuple(size), tuple(stride), math.prod(size)
+    nbytes, fits = numbers * like.element_size(), not stride or _reach(size, stride) == numbers
     # Who looks at each operation, as tracers do, is to see where memory comes from.
     observed = torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
-    if nbytes < SMALLEST or like.device.type != "cpu" or observed:
+    if nbytes < SMALLEST or like.device.type != "cpu" or observed or not fits:
         return _advised_empty(like, size, stride)
     # Threads may meet here: each takes what no other can take any more, and at worst some memory is not kept.
     idle = _IDLE.pop(nbytes, [])
@@ -51,13 +52,11 @@ def for_result(like: Tensor, size: Sequence[int], stride: Sequence[int] = ()) ->
         kept = idle.pop()
     except IndexError:
         kept = _advised_empty(like, size, stride)
-    if kept.untyped_storage().nbytes() != nbytes:
-        return kept  # with gaps, or less than it seems
     # A storage tells nobody when it is gone, but lets go of the buffer that it was made of.
     lent = (ctypes.c_char * nbytes).from_address(kept.data_ptr())
     weakref.finalize(lent, _keep, nbytes, kept).atexit = False
     storage = torch.frombuffer(lent, dtype=like.dtype).untyped_storage()
-    return like.new_empty(0).set_(storage, 0, size, tuple(stride))
+    return like.new_empty(0).set_(storage, 0, size, stride)
 
 
 def forget() -> None:
@@ -69,6 +68,11 @@ def _keep(nbytes: int, memory: Tensor) -> None:
     idle = _IDLE.get(nbytes)
     if idle is not None:
         idle.append(memory)
+
+
+def _reach(size: Sequence[int], stride: Sequence[int]) -> int:
+    """How many numbers there are from the first to the last: more with gaps, fewer where some have one place."""
+    return 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
 
 
 def _advised_empty(like: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import settings
 from torch.utils._pytree import tree_map
 
-from rlloss import fused
+from rlloss import fused, pages
 
 GOLDEN = Path(__file__).parent / "golden"
 VARIANTS = ("eager", "vmap", "compile", "compiled_vmap", "fused", "fused_vmap")
@@ -45,6 +45,14 @@ def golden() -> Callable[[str], Golden]:
         return cache.setdefault(name, Golden(name) if name not in cache else cache[name])
 
     return load
+
+
+@pytest.fixture
+def nothing_kept() -> Iterator[None]:
+    """No memory of large results is left from another test, nor for one."""
+    pages.forget()
+    yield
+    pages.forget()
 
 
 def _vmapped(function: Callable[..., Any]) -> Callable[..., Any]:

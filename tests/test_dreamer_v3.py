@@ -557,6 +557,7 @@ def test_official_loss_of_several_heads_in_every_variant(variant):
     assert_close(variant(compute)(*args), compute(*args))
 
 
+@pytest.mark.usefixtures("nothing_kept")
 @pytest.mark.filterwarnings("ignore")  # where warnings are errors, a compiler gets the formula in place of what it gets
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mask", [False, True])

@@ -835,11 +835,11 @@ def test_rows_of_any_layout_in_every_variant(variant, layout):
     assert_close(variant(compute)(*args), compute(*args[:2], images.contiguous(), ROWS))
 
 
+@pytest.mark.usefixtures("nothing_kept")
 @pytest.mark.parametrize("wanted", ["nothing", "parameters", "images"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_lie_where_others_lay(monkeypatch, layout, wanted):
     monkeypatch.setattr(pages, "SMALLEST", 1)
-    pages.forget()
     places, weight = set(), observations(3, 2, 2, 2).requires_grad_(wanted == "parameters")
 
     def convolution(weight, x):
@@ -859,7 +859,6 @@ def test_rows_lie_where_others_lay(monkeypatch, layout, wanted):
             del loss
         assert_close(*results)
     assert wanted == "images" or len(places) == 1
-    pages.forget()
 
 
 # ---- samples that do not count ---------------------------------------------------------------------------------------
