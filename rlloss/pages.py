@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SMALLEST = 2**24  # bytes; below, malloc mostly has the memory of the last result still
+SMALLEST = 2**20  # bytes, from which on memory is kept; below, malloc mostly has that of the last result still
+HUGE = 2**24  # bytes, from which on huge pages are asked for
 STEP = 256  # bytes; a write in each is enough work for torch to give every thread a part of the memory
-SIZES = 4  # of which memory is kept; a step may have as many kinds of large results
+SIZES = 8  # of which memory is kept; a step may have as many kinds of large results
 STATE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 #: Memory of results that are gone, by its bytes. No number in it means anything: a cache, and no state.
@@ -94,7 +95,7 @@ def advise_huge_pages(memory: Tensor) -> Tensor:
     Args:
         memory: just allocated, contiguous in some order of its dimensions, and not yet written.
     """
-    if memory.nbytes < SMALLEST or memory.device.type != "cpu":
+    if memory.nbytes < HUGE or memory.device.type != "cpu":
         return memory
     madvise = _madvise()
     if madvise is not None:
@@ -118,7 +119,7 @@ def memory_like(x: Tensor) -> Tensor | None:
     if x.device.type != "cpu" or type(x) not in (Tensor, torch.nn.Parameter) or not _offered():
         return None
     # Found out when it runs where sizes vary, for a comparison would compile a graph for each side of it.
-    if statically_known_true(x.numel() * x.element_size() < SMALLEST):
+    if statically_known_true(x.numel() * x.element_size() < HUGE):
         return None
     # A number of x, or a compiler would take two calls of the same size for one.
     one = x.detach()[(slice(1),) * x.ndim]

@@ -567,6 +567,7 @@ def test_official_loss_of_several_heads_in_every_variant(variant):
 def test_loss_compiled_as_users_do(knobs, mask, dtype, monkeypatch):
     torch.compiler.reset()
     monkeypatch.setattr(pages, "SMALLEST", 1)
+    monkeypatch.setattr(pages, "HUGE", 1)
     monkeypatch.setattr(pages, "_madvise", lambda: lambda *advice: 0)
     outputs, batch = with_heads(dtype)
     if mask:

@@ -466,7 +466,7 @@ def test_inductor_makes_value_and_slope_in_one_loop(symlog):
 def advised(monkeypatch, nothing_kept):
     """Pages are advised from 64 KiB on, or would be: the number of bytes, each time."""
     sizes = []
-    monkeypatch.setattr(pages, "SMALLEST", 2**16)
+    monkeypatch.setattr(pages, "HUGE", 2**16)
     monkeypatch.setattr(pages, "_madvise", lambda: lambda start, length, advice: sizes.append(length) or -1)
     return sizes
 

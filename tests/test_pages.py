@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlloss
 from rlloss import fused, pages
-from rlloss.pages import SMALLEST, STEP, advise_huge_pages, for_result, forget
+from rlloss.pages import HUGE, SMALLEST, STEP, advise_huge_pages, for_result, forget
 
 pytestmark = pytest.mark.usefixtures("nothing_kept")
 
@@ -36,7 +36,7 @@ def advised(monkeypatch):
 
 
 def test_whole_pages_inside_the_memory_are_advised(advised):
-    memory = torch.empty(SMALLEST + 100, dtype=torch.uint8)
+    memory = torch.empty(HUGE + 100, dtype=torch.uint8)
     assert advise_huge_pages(memory) is memory
     ((start, length, advice),) = advised
     end = memory.data_ptr() + memory.nbytes
@@ -48,7 +48,7 @@ def test_whole_pages_inside_the_memory_are_advised(advised):
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])
 def test_each_part_is_written_once_and_no_more(advised, dtype):
-    numbers = SMALLEST // dtype.itemsize
+    numbers = HUGE // dtype.itemsize
     memory = torch.ones(64, numbers // 64, dtype=dtype).t()  # contiguous in another order
     advise_huge_pages(memory)
     assert len(advised) == 1
@@ -58,15 +58,15 @@ def test_each_part_is_written_once_and_no_more(advised, dtype):
 
 
 def test_small_memory_and_other_devices_are_left_alone(advised):
-    advise_huge_pages(torch.empty(SMALLEST - 1, dtype=torch.uint8))
+    advise_huge_pages(torch.empty(HUGE - 1, dtype=torch.uint8))
     advise_huge_pages(torch.empty(0))
-    advise_huge_pages(torch.empty(SMALLEST, dtype=torch.uint8, device="meta"))
+    advise_huge_pages(torch.empty(HUGE, dtype=torch.uint8, device="meta"))
     assert not advised
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_memory_in_a_graph_is_advised_when_it_runs(advised, dtype):
-    like = torch.empty(64, SMALLEST // 64 // dtype.itemsize, dtype=dtype).t()
+    like = torch.empty(64, HUGE // 64 // dtype.itemsize, dtype=dtype).t()
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def shaped(x):
@@ -106,7 +106,7 @@ def test_nothing_happens_where_there_are_no_such_pages(without, monkeypatch, tmp
         monkeypatch.setattr(sys, "platform", "win32")
     elif without == "the advice":
         monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
-    memory = torch.ones(SMALLEST, dtype=torch.uint8)
+    memory = torch.ones(HUGE, dtype=torch.uint8)
     assert advise_huge_pages(memory) is memory
     assert memory.all()
     assert pages._madvise() is None
@@ -131,9 +131,9 @@ def gradient(numbers):
 
 
 def test_large_gradients_are_advised(advised):
-    assert torch.equal(gradient(SMALLEST // 4), torch.full((1, 1, SMALLEST // 4), -2.0))
+    assert torch.equal(gradient(HUGE // 4), torch.full((1, 1, HUGE // 4), -2.0))
     assert len(advised) == 1
-    gradient(SMALLEST // 4 - 1)
+    gradient(HUGE // 4 - 1)
     assert len(advised) == 1
 
 
@@ -147,12 +147,12 @@ def result(rows=64, dtype=torch.float32, size=SMALLEST):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_result_lies_where_one_lay_that_is_gone(advised, dtype):
-    first = result()
+    first = result(size=HUGE)
     address = first.data_ptr()
     del first
-    second = result(32, dtype)
+    second = result(32, dtype, HUGE)
     assert second.data_ptr() == address
-    assert (second.shape, second.stride(), second.dtype) == ((32, SMALLEST // dtype.itemsize // 32), (1, 32), dtype)
+    assert (second.shape, second.stride(), second.dtype) == ((32, HUGE // dtype.itemsize // 32), (1, 32), dtype)
     assert second.is_contiguous() is False
     assert second._base is None
     assert not second.requires_grad
@@ -204,6 +204,7 @@ def test_memory_with_gaps_or_used_twice_is_not_kept(monkeypatch, stride, kept):
 
 def test_memory_is_kept_of_the_sizes_asked_for_last(monkeypatch):
     monkeypatch.setattr(pages, "SMALLEST", 2**16)
+    monkeypatch.setattr(pages, "SIZES", 4)
 
     def sizes():
         return [size >> 16 for size, idle in pages._IDLE.items() if idle]
@@ -306,7 +307,7 @@ def test_gradients_of_a_loop_lie_in_the_same_memory():
 def test_gradients_of_a_compiled_loop_lie_in_the_same_memory():
     torch.compiler.reset()
     compiled, places = torch.compile(gradient_of, fullgraph=True, backend="aot_eager"), []
-    image, target = torch.zeros(SMALLEST // 4, requires_grad=True), torch.ones(SMALLEST // 4)
+    image, target = torch.zeros(HUGE // 4, requires_grad=True), torch.ones(HUGE // 4)
     for _ in range(3):
         compiled(image, target).backward()
         image.grad = None
@@ -333,7 +334,7 @@ def test_a_gradient_is_a_tensor_like_any_other():
 
 @pytest.mark.skipif(pages._madvise() is None, reason="this kernel gives no huge pages")
 def test_the_kernel_notes_the_advice():
-    image = gradient(SMALLEST // 4)
+    image = gradient(HUGE // 4)
     middle, inside = image.data_ptr() + image.nbytes // 2, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         fields = line.split()
