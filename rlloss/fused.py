@@ -12,6 +12,8 @@ under ``torch.compile`` and ``torch.export``   plain     the compiler fuses the 
 errors there, outside of transforms, and not   traced    it would read the operands twice, and take logarithms anew in
 for export                                               backward: one loop makes the value and the slope, which is
                                                          the gradient but for a scale, in memory that pages.py gives
+divergences there, on a CPU, large             blocked   the compiler makes ten loops over memory of full size: the
+                                                         pass that makes value and slopes is one operator to it
 CPU, one float dtype (float32 or float64),     blocked   some rows at a time go through the whole formula while they
 enough elements (``pays``)                               are in the cache; gradients in a second pass, in backward
 the same, a backward pass to follow, outside   blocked   value and gradients in one pass, which reads the operands
@@ -550,6 +552,7 @@ class Divergence(Reduction):
     mix: float = 0.0
     live = 2
     scratch = 5
+    smallest_operator = 2**18  # elements, from which on a compiled graph has the blocked pass as one operator
 
     def trailing(self) -> tuple[int, ...]:
         """As for every :class:`Reduction`."""
@@ -558,6 +561,24 @@ class Divergence(Reduction):
     def factors(self) -> tuple[float, ...]:
         """As for every :class:`Reduction`."""
         return 1 - self.mix, self.mix - 1 if self.mix else 1.0
+
+    def traced(self, *operands: Tensor) -> Tensors:
+        """As for every :class:`Reduction`."""
+        wanted = [i for i, x in enumerate(operands) if x.requires_grad]
+        if not (wanted and torch.is_grad_enabled() and _function_is_traced() and self._is_operator(*operands)):
+            return self.formula(*operands)
+        of_posterior, of_prior, *_ = _apply(_TracedDivergence, self, wanted, *operands)
+        return of_posterior, of_prior
+
+    def _is_operator(self, posterior: Tensor, prior: Tensor) -> bool:
+        # Brings in a library that only compilers need.
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        # Where sizes vary it is one, for a comparison would compile a graph for each side of it.
+        small = statically_known_true(posterior.numel() < self.smallest_operator)
+        plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in (posterior, prior))
+        one_dtype = posterior.dtype == prior.dtype and posterior.dtype in (torch.float32, torch.float64)
+        return not small and plain and one_dtype and posterior.device.type == prior.device.type == "cpu"
 
     def prepare(self, rows: Tensors, scratch: Tensors) -> None:
         """As for every :class:`Reduction`."""
@@ -593,6 +614,52 @@ class Divergence(Reduction):
         torch.log_softmax(rows[1], -1, out=log_q)
         torch.sub(p, log_q, out=out)
         torch.ops.aten.threshold_backward.grad_input(out, p.exp_(), 0, grad_input=out)
+
+
+class _TracedDivergence(torch.autograd.Function):
+    """Divergences in a compiled graph, and the slopes of the ``wanted`` operands for backward, by one operator.
+
+    Of the formula inductor makes six loops over all rows, as each softmax takes two, and four more in backward, with
+    memory of full size in between.
+
+    It can be differentiated once, as :class:`_TracedErrors`.
+    """
+
+    @staticmethod
+    def forward(reduction: Divergence, wanted: Sequence[int], *operands: Tensor) -> Tensors:
+        value, *slopes = _divergence(*operands, reduction.dims, reduction.mix, wanted)
+        return (*_for_each(reduction, value), *slopes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        reduction, ctx.wanted, *_ = inputs
+        ctx.factors = reduction.factors()
+        slopes = output[reduction.live :]
+        ctx.save_for_backward(*slopes)
+        ctx.mark_non_differentiable(*slopes)
+
+    @staticmethod
+    def backward(ctx: Any, *scales: Tensor) -> Any:
+        pairs = zip(ctx.wanted, ctx.saved_tensors, strict=True)
+        gradients = [checks.align(ctx.factors[i] * scales[i], slope) * slope for i, slope in pairs]
+        return None, None, *_at(ctx.wanted, gradients, len(ctx.factors))
+
+
+@torch.library.custom_op("rlloss::divergence", mutates_args=())
+def _divergence(posterior: Tensor, prior: Tensor, dims: int, mix: float, wanted: Sequence[int]) -> list[Tensor]:
+    reduction = Divergence(_no_formula, dims, mix)
+    value, slopes = _value_and_slopes(reduction, tuple(wanted), (posterior, prior))
+    return [value, *slopes]
+
+
+def _no_formula(*_: Tensor) -> Tensors:
+    raise NotImplementedError
+
+
+@_divergence.register_fake
+def _(posterior: Tensor, prior: Tensor, dims: int, mix: float, wanted: Sequence[int]) -> list[Tensor]:
+    value = posterior.new_empty(posterior.shape[: posterior.ndim - dims])
+    return [value, *[posterior.new_empty(posterior.shape) for _ in wanted]]
 
 
 def _softmax_slope(slope: Tensor, probabilities: Tensor, out: Tensor) -> Tensor:

@@ -422,7 +422,8 @@ def nodes(backend="aot_eager"):
     seen = []
 
     def compile_graph(graph, inputs):
-        seen.extend(str(node.target) for node in graph.graph.nodes)
+        parts = [module for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
+        seen.extend(str(node.target) for part in parts for node in part.graph.nodes)
         return torch._dynamo.lookup_backend(backend)(graph, inputs)
 
     return compile_graph, seen
@@ -664,6 +665,156 @@ def test_a_difference_of_symlogs_whose_product_overflows_is_at_worst_half():
     share = fused._symlog_difference(x, y) / exact
     assert (share > 0.49).all()
     assert (share < 1.001).all()
+
+
+# ---- divergences in a compiled graph ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_operator(monkeypatch):
+    """Divergences of any size are one operator in a compiled graph."""
+    monkeypatch.setattr(fused.Divergence, "smallest_operator", 0)
+    set_block(monkeypatch, 30)
+
+
+def is_operator(seen):
+    return any("rlloss.divergence" in node for node in seen)
+
+
+LEARNERS = {"both": (True, True), "the posterior": (True, False), "the prior": (False, True)}
+
+
+@as_users
+@pytest.mark.usefixtures("one_operator")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("learns", LEARNERS)
+@pytest.mark.parametrize(("dims", "mix"), list(itertools.product([1, 2], [0.0, 0.01, 1.0])))
+def test_a_compiled_divergence_is_one_operator(backend, learns, dims, mix):
+    torch.compiler.reset()
+    backend, seen = nodes(backend)
+    reduction = divergence(dims, mix)
+    live = [x.requires_grad_(wants) for x, wants in zip(normal(3, 2, 4, 5), LEARNERS[learns], strict=True)]
+    compiled = torch.compile(lambda *x: fused.reduce(reduction, *x), fullgraph=True, backend=backend)
+    values, expected = compiled(*live), reduction.formula(*live)
+    assert_close(values, expected)
+    leaves = [x for x in live if x.requires_grad]
+    # The first value is for the posterior alone, the second for the prior alone.
+    totals = [
+        sum((k + 2) * x.sin().sum() for k, x in enumerate(pair) if live[k].requires_grad) for pair in (values, expected)
+    ]
+    assert_close(*[torch.autograd.grad(total, leaves) for total in totals])
+    assert is_operator(seen)
+
+
+@as_users
+@pytest.mark.parametrize("without", ["gradients", "a gradient", "size", "one dtype", "float32 or more", "a CPU"])
+def test_other_divergences_are_compiled_of_the_formula(without, monkeypatch):
+    torch.compiler.reset()
+    backend, seen = nodes()
+    reduction, live = divergence(2, 0.01), normal(2, 8, 8, dtype=torch.float32)
+    monkeypatch.setattr(fused.Divergence, "smallest_operator", live[0].numel() + (without == "size"))
+    if without == "one dtype":
+        live = live[0].double(), live[1]
+    elif without == "float32 or more":
+        live = tuple(x.bfloat16() for x in live)
+    elif without == "a CPU":
+        live = tuple(x.to("meta") for x in live)
+    live = [x.requires_grad_(without != "a gradient") for x in live]
+    compiled = torch.compile(lambda *x: fused.reduce(reduction, *x), fullgraph=True, backend=backend)
+    with torch.set_grad_enabled(without != "gradients"):
+        values, expected = compiled(*live), reduction.formula(*live)
+    if without == "a CPU":
+        assert [x.shape for x in values] == [x.shape for x in expected]
+    else:
+        assert_close(values, expected)
+    assert seen
+    assert not is_operator(seen)
+
+
+@as_users
+@pytest.mark.usefixtures("one_operator")
+@pytest.mark.parametrize("layout", ["expanded", "transposed", "in steps", "empty"])
+def test_logits_of_any_layout_in_a_compiled_graph(layout):
+    torch.compiler.reset()
+    backend, seen = nodes("inductor")
+    live = normal(3, 2, 4, 5)
+    if layout == "expanded":
+        live = [x[:1].expand_as(x) for x in live]
+    if layout == "transposed":
+        live = [x.transpose(0, 2) for x in live]
+    if layout == "in steps":
+        live = [torch.cat([x, x], -1)[..., ::2] for x in live]
+    if layout == "empty":
+        live = [x[:0] for x in live]
+    live, reduction = [x.detach().requires_grad_() for x in live], divergence(2, 0.01)
+    compiled = torch.compile(lambda *x: fused.reduce(reduction, *x), fullgraph=True, backend=backend)
+    values, expected = compiled(*live), reduction.formula(*live)
+    assert_close(values, expected)
+    assert_close(*[torch.autograd.grad(pair[0].sin().sum() + pair[1].sum(), live) for pair in (values, expected)])
+    assert is_operator(seen)
+
+
+@as_users
+@pytest.mark.usefixtures("one_operator")
+def test_a_compiled_divergence_of_a_size_that_varies():
+    torch.compiler.reset()
+    backend, seen = nodes("inductor")
+    reduction = divergence(2, 0.01)
+    compiled = torch.compile(lambda *x: fused.reduce(reduction, *x), fullgraph=True, dynamic=True, backend=backend)
+    for rows in (2, 3, 7):
+        live = [x.requires_grad_() for x in normal(rows, 4, 5)]
+        with torch.compiler.set_stance("default" if rows == 2 else "fail_on_recompile"):
+            values, expected = compiled(*live), reduction.formula(*live)
+        assert_close(values, expected)
+        assert_close(*[torch.autograd.grad(sum(x.sum() for x in pair), live) for pair in (values, expected)])
+    assert is_operator(seen)
+
+
+@as_users
+@pytest.mark.usefixtures("one_operator")
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_compiled_transform_of_a_divergence_is_of_the_formula(transform):
+    torch.compiler.reset()
+    backend, seen = nodes()
+    live, directions = tuple(x.requires_grad_() for x in normal(3, 2, 4)), normal(3, 2, 4)
+    function, formula = both(divergence(1, 0.01), ())
+    compiled = torch.compile(lambda *x: TRANSFORMS[transform](function, x, directions), fullgraph=True, backend=backend)
+    assert_close(compiled(*live), TRANSFORMS[transform](formula, live, directions))
+    assert is_operator(seen) == (transform == "value")
+
+
+@as_users
+@pytest.mark.usefixtures("one_operator")
+def test_a_compiled_graph_of_a_divergence_can_be_walked_twice():
+    torch.compiler.reset()
+    reduction, live = divergence(2, 0.01), [x.requires_grad_() for x in normal(3, 4, 5)]
+    compiled = torch.compile(lambda *x: fused.reduce(reduction, *x), fullgraph=True, backend="aot_eager")
+    total = compiled(*live)[0].sum()
+    first = torch.autograd.grad(total, live[0], retain_graph=True)
+    assert_close(torch.autograd.grad(total, live[0]), first, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("wanted", [[0, 1], [1], []])
+def test_the_operator_is_one_like_any_other(wanted):
+    torch.library.opcheck(
+        fused._divergence, (*normal(3, 4, 5), 2, 0.01, wanted), test_utils=("test_schema", "test_faketensor")
+    )
+
+
+@as_users
+@pytest.mark.usefixtures("nothing_kept", "one_operator")
+def test_slopes_of_a_compiled_loop_lie_in_the_same_memory(monkeypatch):
+    torch.compiler.reset()
+    monkeypatch.setattr(pages, "SMALLEST", 1)
+    compiled = torch.compile(lambda *x: fused.reduce(divergence(2, 0.01), *x), fullgraph=True, backend="aot_eager")
+    live, places = [x.requires_grad_() for x in normal(3, 4, 5)], []
+    for _ in range(3):
+        sum(x.sum() for x in compiled(*live)).backward()
+        for x in live:
+            x.grad = None
+        places.append({memory.data_ptr() for idle in pages._IDLE.values() for memory in idle})
+    assert len(places[0]) == 2
+    assert places == [places[0]] * 3
 
 
 # ---- purity and memory -----------------------------------------------------------------------------------------------
