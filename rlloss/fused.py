@@ -552,6 +552,7 @@ class Divergence(Reduction):
     mix: float = 0.0
     live = 2
     scratch = 5
+    smallest = 2**17
     smallest_operator = 2**18  # elements, from which on a compiled graph has the blocked pass as one operator
 
     def trailing(self) -> tuple[int, ...]:
