@@ -102,6 +102,20 @@ def test_measures_a_case_and_leaves_out_who_fails() -> None:
     assert math.isnan(failing.median_ms)
 
 
+def test_shares_are_of_the_first_limit_of_a_kind() -> None:
+    contenders = {
+        "compiled": abs,
+        "limit: one": abs,
+        "limit: another": lambda _: time.sleep(0.01),
+        "limit: compiled": abs,
+    }
+    rows = measure("suite", Case("", "", 1, lambda: 1, contenders, lambda _: 0), Settings(repetitions=2))
+    one, another, compiled = rows[1:]
+    assert (one.percent_of_limit, compiled.percent_of_limit) == (100, 100)
+    assert another.percent_of_limit == pytest.approx(100 * one.median_ms / another.median_ms)
+    assert rows[0].percent_of_limit == pytest.approx(100 * compiled.median_ms / rows[0].median_ms)
+
+
 def test_recompilation_is_counted() -> None:
     contenders = {"compiled": torch.compile(lambda x: x + 1, backend="eager", dynamic=False)}
     sizes = iter((2, 3))
@@ -143,7 +157,7 @@ def test_picture_is_drawn(tmp_path: Path) -> None:
 
 def test_ratios_and_verdicts() -> None:
     goal = goals.Goal(("suite", "one", "B 1", "slow"), ("suite", "one", "B 1", "limit"), ">= 3")
-    rows = [row("slow", 8), row("limit: a copy", 2), row("slow", 99, size="B 2")]
+    rows = [row("slow", 8), row("limit: a copy", 2), row("slow", 99, size="B 2"), row("limit: another", 1)]
     assert goals.ratio(goal, rows) == 4
     assert goals.ratio(goal._replace(of="extra_memory_mib"), rows) == 4
     assert math.isnan(goals.ratio(goal, rows[:1]))

@@ -95,7 +95,10 @@ def measure(suite: str, case: Case, settings: Settings) -> list[Row]:
     timings = compare(ready, settings.repetitions, warmup, settings.clock, settings.seconds)
     nothing = float("nan")
     reference = timings.get(next(iter(case.contenders)))
-    limits = {"compiled" in name: timing for name, timing in timings.items() if name.startswith(LIMIT)}
+    limits: dict[bool, Timing] = {}
+    for name, timing in timings.items():
+        if name.startswith(LIMIT):
+            limits.setdefault("compiled" in name, timing)
     rows = []
     for name in case.contenders:
         label = (suite, case.name, case.size, case.scale, name)
@@ -105,7 +108,7 @@ def measure(suite: str, case: Case, settings: Settings) -> list[Row]:
             continue
         timing, run = timings[name], ready[name]
         faster = reference.median / timing.median if reference else nothing
-        limit = limits.get("compiled" in name) or limits.get(False)  # of its kind, where there are two
+        limit = limits.get("compiled" in name) or limits.get(False)  # the first of its kind
         share = 100 * limit.median / timing.median if limit else nothing
         extra = (peak_memory(run, settings.device) - case.results(data)) / 2**20
         counts = (again[name], kernels(run, settings.device), "")

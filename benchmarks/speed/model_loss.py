@@ -3,10 +3,11 @@
 Latents 32 x 32, 255 bins. Both sides get the same tensors: torchrl's `DreamerV3ModelLoss` from a world model that hands
 on what the TensorDict holds, rlloss the same as a pure function. The limit reads each input once and writes each
 gradient. Gradients are dropped after each call. torchrl and the limit then need fresh memory, while rlloss keeps that
-of large ones (rlloss/pages.py) and can be faster than the limit.
+of large ones (rlloss/pages.py) and can be faster than the limit, but not than the same copy into memory that is kept.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ import rlloss
 import rlloss_nn
 from benchmarks.speed.command import main
 from benchmarks.speed.harness import Case
+from rlloss.pages import for_result
 
 TITLE = "World-model loss of DreamerV3, forward and backward, float32"
 AXIS = "B x T"
@@ -97,11 +99,9 @@ def whole(
         losses, _ = module(data.tensordict)
         return sum(losses.values())
 
-    def limit(data: Data) -> None:
+    def copy(data: Data, memory: Callable[[Tensor], Tensor]) -> None:
         seen = data.batch["observation"]
-        with torch.no_grad():
-            for key, leaf in data.outputs.items():
-                leaf.grad = leaf + seen if key == "reconstruction" and not bytes_ else leaf.clone()
+        copy_outputs(data, memory, **({} if bytes_ else {"reconstruction": seen}))
         if bytes_:
             seen.view(torch.int64).amax()  # nothing reads bytes faster
 
@@ -111,7 +111,7 @@ def whole(
         "rlloss eager": backward(pure),
         "rlloss_nn eager": backward(modular),
         "rlloss compiled": backward(torch.compile(pure, fullgraph=True)),
-        "limit: a copy": backward(limit),
+        **limits(copy),
     }
     return case(name, size, lambda: draw(size, observation, device, bytes_=bytes_), contenders)
 
@@ -151,18 +151,30 @@ def term(
     torchrl: Callable[[Data], Tensor], pure: Callable[[Data], Tensor]
 ) -> dict[str, Callable[[Data], Tensor | None]]:
     """The contenders of one term."""
-
-    def limit(data: Data) -> None:
-        for leaf in data.outputs.values():
-            leaf.grad = leaf.detach().clone()
-
     return {
         "torchrl eager": backward(torchrl),
         "torchrl compiled": backward(torch.compile(torchrl)),
         "rlloss eager": backward(pure),
         "rlloss compiled": backward(torch.compile(pure, fullgraph=True)),
-        "limit: a copy": backward(limit),
+        **limits(copy_outputs),
     }
+
+
+def limits(copy: Callable[[Data, Callable[[Tensor], Tensor]], None]) -> dict[str, Callable[[Data], Tensor | None]]:
+    """Into fresh memory, as torchrl writes its gradients, and into memory that is kept, as rlloss does."""
+    kept = partial(copy, memory=lambda leaf: for_result(leaf, leaf.shape))
+    return {
+        "limit: a copy": backward(partial(copy, memory=torch.empty_like)),
+        "limit: a copy, memory kept": backward(kept),
+    }
+
+
+def copy_outputs(data: Data, memory: Callable[[Tensor], Tensor], **seen: Tensor) -> None:
+    """Read each output, and what is seen of it, and write as much as its gradient."""
+    with torch.no_grad():
+        for key, leaf in data.outputs.items():
+            out = memory(leaf.detach())
+            leaf.grad = torch.add(leaf, seen[key], out=out) if key in seen else out.copy_(leaf)
 
 
 def case(name: str, size: tuple[int, int], new: Callable[[], Data], contenders: Mapping[str, Any]) -> Case:

@@ -143,14 +143,15 @@ def _dots(panel: plt.Axes, rows: Sequence[Row], contenders: Sequence[str]) -> No
 
 
 def _look(name: str, contenders: Sequence[str]) -> dict[str, object]:
-    """The limit in grey, dashed, or dotted if compiled; torchrl in warm colours, all others in cold ones.
+    """The limit in grey, dashed, a second one dotted; torchrl in warm colours, all others in cold ones.
 
     What is compiled has a full marker.
     """
-    if name.startswith(LIMIT):
-        return {"color": "0.35", "linestyle": ":" if "compiled" in name else "--"}
+    limits = [other for other in contenders if other.startswith(LIMIT)]
+    if name in limits:
+        return {"color": "0.35", "linestyle": ":" if limits.index(name) else "--"}
     theirs = name.startswith(("torchrl", "Python loop"))
-    group = [other for other in contenders if not other.startswith(LIMIT)]
+    group = [other for other in contenders if other not in limits]
     group = [other for other in group if other.startswith(("torchrl", "Python loop")) == theirs]
     warm, cold = ("#d95f02", "#a6266e", "#e6ab02"), ("#1b6ca8", "#1b9e77", "#66a61e")
     color = (warm if theirs else cold)[group.index(name) % 3]
