@@ -244,11 +244,14 @@ def _kl_pair(posterior: Tensor, prior: Tensor, *, mix: Scalar, dims: int) -> tup
         pair = _kl(posterior, prior.detach()), _kl(posterior.detach(), prior)
         return pair if dims == 1 else (pair[0].sum(-1), pair[1].sum(-1))
     # Probabilities that cannot be 0 need no logits: one logarithm, of the quotient.
-    p, q = (torch.lerp(torch.softmax(x, -1), x.new_full((), 1 / x.shape[-1]), mix) for x in (posterior, prior))
     over = tuple(range(-dims, 0))
+    if torch.compiler.is_compiling():
+        # One graph for all shares, in which a quotient that is written twice is taken once.
+        p, q = (mix / x.shape[-1] + (1 - mix) * torch.softmax(x, -1) for x in (posterior, prior))
+        return (p * torch.log(p / q.detach())).sum(over), (p.detach() * torch.log(p.detach() / q)).sum(over)
+    # Fewer operators, where each is a pass over memory.
+    p, q = (torch.lerp(torch.softmax(x, -1), x.new_full((), 1 / x.shape[-1]), mix) for x in (posterior, prior))
     of_posterior = (p * torch.log(p / q.detach())).sum(over)
-    if torch.compiler.is_compiling():  # which takes a quotient once that is written twice
-        return of_posterior, (p.detach() * torch.log(p.detach() / q)).sum(over)
     nats = (p.detach() * torch.log(q)).sum(over)
     return of_posterior, of_posterior.detach() + (nats.detach() - nats)
 

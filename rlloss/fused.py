@@ -12,8 +12,9 @@ under ``torch.compile`` and ``torch.export``   plain     the compiler fuses the 
 errors there, outside of transforms, and not   traced    it would read the operands twice, and take logarithms anew in
 for export                                               backward: one loop makes the value and the slope, which is
                                                          the gradient but for a scale, in memory that pages.py gives
-divergences there, on a CPU, large             blocked   the compiler makes ten loops over memory of full size: the
-                                                         pass that makes value and slopes is one operator to it
+divergences of mixtures there, both operands   blocked   inductor makes nine loops over memory of full size: the
+learning, on a CPU, one float dtype, enough              pass that makes value and slopes is one operator to it
+elements (``smallest_operator``)
 CPU, one float dtype (float32 or float64),     blocked   some rows at a time go through the whole formula while they
 enough elements (``pays``)                               are in the cache; gradients in a second pass, in backward
 the same, a backward pass to follow, outside   blocked   value and gradients in one pass, which reads the operands
@@ -384,7 +385,8 @@ class ErrorSum(Reduction):
         prediction, target = operands
         own = prediction.requires_grad and torch.promote_types(prediction.dtype, target.dtype) == prediction.dtype
         memory = pages.memory_like(prediction) if own and torch.is_grad_enabled() else None
-        value, _ = _apply(_TracedErrors, self, *operands, memory)
+        # A tensor that is given twice could not be traced.
+        value, _ = _apply(_TracedErrors, self, prediction, target.detach(), memory)
         return (value,)
 
     def prepare(self, rows: Tensors, scratch: Tensors) -> None:
@@ -553,7 +555,7 @@ class Divergence(Reduction):
     live = 2
     scratch = 5
     smallest = 2**17
-    smallest_operator = 2**18  # elements, from which on a compiled graph has the blocked pass as one operator
+    smallest_operator = 2**20  # elements, from which on a compiled graph has the blocked pass as one operator
 
     def trailing(self) -> tuple[int, ...]:
         """As for every :class:`Reduction`."""
@@ -565,21 +567,26 @@ class Divergence(Reduction):
 
     def traced(self, *operands: Tensor) -> Tensors:
         """As for every :class:`Reduction`."""
-        wanted = [i for i, x in enumerate(operands) if x.requires_grad]
-        if not (wanted and torch.is_grad_enabled() and _function_is_traced() and self._is_operator(*operands)):
+        if not (torch.is_grad_enabled() and _function_is_traced() and self._is_operator(*operands)):
             return self.formula(*operands)
-        of_posterior, of_prior, *_ = _apply(_TracedDivergence, self, wanted, *operands)
-        return of_posterior, of_prior
+        # As a number it would be one of the graph's constants, and each new one compiled anew.
+        mix = operands[0].new_ones((), dtype=torch.float64) * self.mix
+        known = _divergence(*(x.detach() for x in operands), mix, self.dims)
+        factors = [checks.scalar_like(known[0], factor) for factor in self.factors()]
+        each = zip(operands, known[: self.live], known[self.live :], factors, strict=True)
+        return tuple(_apply(_KnownSlope, *tensors) for tensors in each)
 
     def _is_operator(self, posterior: Tensor, prior: Tensor) -> bool:
         # Brings in a library that only compilers need.
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 
         # Where sizes vary it is one, for a comparison would compile a graph for each side of it.
-        small = statically_known_true(posterior.numel() < self.smallest_operator)
-        plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in (posterior, prior))
-        one_dtype = posterior.dtype == prior.dtype and posterior.dtype in (torch.float32, torch.float64)
-        return not small and plain and one_dtype and posterior.device.type == prior.device.type == "cpu"
+        if not self.mix or statically_known_true(posterior.numel() < self.smallest_operator):
+            return False
+        for x in (posterior, prior):
+            if type(x) not in (Tensor, torch.nn.Parameter) or x.device.type != "cpu" or not x.requires_grad:
+                return False
+        return posterior.dtype == prior.dtype and posterior.dtype in (torch.float32, torch.float64)
 
     def prepare(self, rows: Tensors, scratch: Tensors) -> None:
         """As for every :class:`Reduction`."""
@@ -617,50 +624,48 @@ class Divergence(Reduction):
         torch.ops.aten.threshold_backward.grad_input(out, p.exp_(), 0, grad_input=out)
 
 
-class _TracedDivergence(torch.autograd.Function):
-    """Divergences in a compiled graph, and the slopes of the ``wanted`` operands for backward, by one operator.
-
-    Of the formula inductor makes six loops over all rows, as each softmax takes two, and four more in backward, with
-    memory of full size in between.
-
-    It can be differentiated once, as :class:`_TracedErrors`.
-    """
-
-    @staticmethod
-    def forward(reduction: Divergence, wanted: Sequence[int], *operands: Tensor) -> Tensors:
-        value, *slopes = _divergence(*operands, reduction.dims, reduction.mix, wanted)
-        return (*_for_each(reduction, value), *slopes)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        reduction, ctx.wanted, *_ = inputs
-        ctx.factors = reduction.factors()
-        slopes = output[reduction.live :]
-        ctx.save_for_backward(*slopes)
-        ctx.mark_non_differentiable(*slopes)
-
-    @staticmethod
-    def backward(ctx: Any, *scales: Tensor) -> Any:
-        pairs = zip(ctx.wanted, ctx.saved_tensors, strict=True)
-        gradients = [checks.align(ctx.factors[i] * scales[i], slope) * slope for i, slope in pairs]
-        return None, None, *_at(ctx.wanted, gradients, len(ctx.factors))
-
-
 @torch.library.custom_op("rlloss::divergence", mutates_args=())
-def _divergence(posterior: Tensor, prior: Tensor, dims: int, mix: float, wanted: Sequence[int]) -> list[Tensor]:
-    reduction = Divergence(_no_formula, dims, mix)
-    value, slopes = _value_and_slopes(reduction, tuple(wanted), (posterior, prior))
-    return [value, *slopes]
+def _divergence(posterior: Tensor, prior: Tensor, mix: Tensor, dims: int) -> list[Tensor]:
+    """The divergence of mixtures, twice, and both slopes, in a compiled graph.
+
+    Twice, for of two copies inductor makes one, and torch 2.13 then takes two results of a graph for the same.
+
+    Of the formula inductor makes five loops over memory of full size, as each softmax takes two, and four more in
+    backward.
+    """
+    reduction = Divergence(_no_formula, dims, float(mix))
+    value, slopes = _value_and_slopes(reduction, (0, 1), (posterior, prior))
+    return [*_for_each(reduction, value), *slopes]
+
+
+@_divergence.register_fake
+def _(posterior: Tensor, prior: Tensor, mix: Tensor, dims: int) -> list[Tensor]:
+    values = [x.new_empty(x.shape[: x.ndim - dims]) for x in (posterior, prior)]
+    return [*values, *[x.new_empty(x.shape) for x in (posterior, prior)]]
 
 
 def _no_formula(*_: Tensor) -> Tensors:
     raise NotImplementedError
 
 
-@_divergence.register_fake
-def _(posterior: Tensor, prior: Tensor, dims: int, mix: float, wanted: Sequence[int]) -> list[Tensor]:
-    value = posterior.new_empty(posterior.shape[: posterior.ndim - dims])
-    return [value, *[posterior.new_empty(posterior.shape) for _ in wanted]]
+class _KnownSlope(torch.autograd.Function):
+    """``value``, a function of ``x`` whose ``factor * slope`` is known, in a compiled graph.
+
+    It can be differentiated once, as :class:`_TracedErrors`.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, value: Tensor, slope: Tensor, factor: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> Any:
+        slope, factor = ctx.saved_tensors
+        return checks.align(factor * scale, slope) * slope, None, None, None
 
 
 def _softmax_slope(slope: Tensor, probabilities: Tensor, out: Tensor) -> Tensor:

@@ -40,6 +40,8 @@ def for_result(like: Tensor, size: Sequence[int], stride: Sequence[int] = ()) ->
     """
     size, stride, numbers = tuple(size), tuple(stride), math.prod(size)
     nbytes, fits = numbers * like.element_size(), not stride or _reach(size, stride) == numbers
+    if torch.compiler.is_compiling():
+        return like.new_empty_strided(size, stride) if stride else like.new_empty(size)
     # Who looks at each operation, as tracers do, is to see where memory comes from.
     observed = torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
     if nbytes < SMALLEST or like.device.type != "cpu" or observed or not fits:

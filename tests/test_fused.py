@@ -518,6 +518,18 @@ def test_two_heads_of_one_size_have_memory_of_their_own(advised):
 
 
 @as_users
+def test_an_error_of_a_tensor_beside_itself_is_compiled():
+    torch.compiler.reset()
+    backend, seen = nodes()
+    x = torch.randn(3, 4, requires_grad=True)
+    compiled = torch.compile(lambda x: fused.reduce(error_sum(1), x, x)[0], fullgraph=True, backend=backend)
+    value = compiled(x)
+    assert_close(value, torch.zeros(3))
+    assert_close(torch.autograd.grad(value.sum(), x)[0], torch.zeros(3, 4))
+    assert "autograd_function_apply" in seen
+
+
+@as_users
 @pytest.mark.parametrize("layout", ["expanded", "transposed", "in steps", "empty"])
 def test_inputs_of_any_layout_in_a_compiled_graph(advised, layout):
     torch.compiler.reset()
@@ -703,17 +715,97 @@ def test_a_compiled_divergence_is_one_operator(backend, learns, dims, mix):
         sum((k + 2) * x.sin().sum() for k, x in enumerate(pair) if live[k].requires_grad) for pair in (values, expected)
     ]
     assert_close(*[torch.autograd.grad(total, leaves) for total in totals])
-    assert is_operator(seen)
+    assert [x.requires_grad for x in values] == [x.requires_grad for x in expected]
+    # Where one does not learn, or there is no mixture, the compiler has less to do than the operator.
+    assert is_operator(seen) == (learns == "both" and mix > 0)
 
 
 @as_users
-@pytest.mark.parametrize("without", ["gradients", "a gradient", "size", "one dtype", "float32 or more", "a CPU"])
+@pytest.mark.parametrize(("rows", "expected"), [(1024, True), (1023, False)])
+def test_the_operator_is_for_a_million_numbers(rows, expected):
+    torch.compiler.reset()
+    backend, seen = nodes()
+    live = [torch.zeros(rows, 32, 32, requires_grad=True) for _ in range(2)]
+    torch.compile(categorical_kl_terms, fullgraph=True, backend=backend)(*live)
+    assert seen
+    assert is_operator(seen) == expected
+
+
+@as_users
+@pytest.mark.usefixtures("one_operator")
+@pytest.mark.parametrize("size", ["operator", "formula"])
+@pytest.mark.parametrize("again", [lambda x: x, lambda x: x.contiguous(), lambda x: x.view_as(x), lambda x: x.flip(0)])
+def test_a_tensor_beside_itself_is_compiled(size, again, monkeypatch):
+    torch.compiler.reset()
+    backend, seen = nodes()
+    if size == "formula":
+        monkeypatch.setattr(fused.Divergence, "smallest_operator", 2**62)
+    x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    function = partial(categorical_kl_terms, free_nats=0.0)
+    compiled = torch.compile(lambda x: function(x, again(x)), fullgraph=True, backend=backend)
+    pairs = compiled(x), function(x, again(x))
+    assert_close(*pairs)
+    assert_close(*[torch.autograd.grad(pair[0].sum() + pair[1].sin().sum(), x) for pair in pairs])
+    assert is_operator(seen) == (size == "operator")
+
+
+@as_users
+@pytest.mark.usefixtures("one_operator")
+@pytest.mark.parametrize("size", ["operator", "formula"])
+def test_a_share_that_varies_is_not_compiled_anew(size, monkeypatch):
+    torch.compiler.reset()
+    if size == "formula":
+        monkeypatch.setattr(fused.Divergence, "smallest_operator", 2**62)
+    backend, seen = nodes()
+    function = partial(categorical_kl_terms, free_nats=0.0)
+    compiled = torch.compile(lambda *x, mix: function(*x, unimix=mix), fullgraph=True, backend=backend)
+    live = [x.requires_grad_() for x in normal(3, 4, 5)]
+    for number, mix in enumerate((0.01, 0.02, 0.03, 0.5)):
+        with torch.compiler.set_stance("default" if number < 2 else "fail_on_recompile"):
+            pairs = compiled(*live, mix=mix), function(*live, unimix=mix)
+        assert_close(*pairs, rtol=1e-12, atol=0)
+        assert_close(*[torch.autograd.grad(pair[0].sum() + pair[1].sum(), live) for pair in pairs])
+    assert is_operator(seen) == (size == "operator")
+
+
+@as_users
+@pytest.mark.usefixtures("one_operator")
+@pytest.mark.parametrize("used", [0, 1])
+def test_a_compiled_divergence_nobody_uses_gives_no_gradient(used):
+    torch.compiler.reset()
+    live = [x.requires_grad_() for x in normal(3, 4, 5)]
+    compiled = torch.compile(
+        lambda *x: fused.reduce(divergence(2, 0.01), *x)[used], fullgraph=True, backend="aot_eager"
+    )
+    compiled(*live).sum().backward()
+    assert [x.grad is None for x in live] == [used == 1, used == 0]
+
+
+@as_users
+@pytest.mark.usefixtures("one_operator", "nothing_kept")
+def test_a_compiled_divergence_in_a_transform_from_outside(monkeypatch):
+    torch.compiler.reset()
+    set_block(monkeypatch, 2**18)
+    live, tangents = [[torch.randn(2**8, 32, 32) for _ in range(2)] for _ in range(2)]
+    live = tuple(x.requires_grad_() for x in live)
+    function = partial(categorical_kl_terms, free_nats=0.0)
+    compiled = torch.compile(lambda *x: function(*x), backend="aot_eager")
+    compiled(*live)
+    assert_close(jvp(compiled, live, tuple(tangents)), jvp(function, live, tuple(tangents)), rtol=1e-4, atol=1e-5)
+
+
+@as_users
+@pytest.mark.parametrize(
+    "without", ["gradients", "a gradient", "size", "one dtype", "float32 or more", "a CPU", "warnings"]
+)
 def test_other_divergences_are_compiled_of_the_formula(without, monkeypatch):
     torch.compiler.reset()
     backend, seen = nodes()
     reduction, live = divergence(2, 0.01), normal(2, 8, 8, dtype=torch.float32)
     monkeypatch.setattr(fused.Divergence, "smallest_operator", live[0].numel() + (without == "size"))
-    if without == "one dtype":
+    if without == "warnings":
+        warnings.simplefilter("error")
+    elif without == "one dtype":
         live = live[0].double(), live[1]
     elif without == "float32 or more":
         live = tuple(x.bfloat16() for x in live)
@@ -794,11 +886,10 @@ def test_a_compiled_graph_of_a_divergence_can_be_walked_twice():
     assert_close(torch.autograd.grad(total, live[0]), first, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("wanted", [[0, 1], [1], []])
-def test_the_operator_is_one_like_any_other(wanted):
-    torch.library.opcheck(
-        fused._divergence, (*normal(3, 4, 5), 2, 0.01, wanted), test_utils=("test_schema", "test_faketensor")
-    )
+@pytest.mark.parametrize("dims", [1, 2])
+def test_the_operator_is_one_like_any_other(dims):
+    operands = (*normal(3, 4, 5), torch.tensor(0.01, dtype=torch.float64), dims)
+    torch.library.opcheck(fused._divergence, operands, test_utils=("test_schema", "test_faketensor"))
 
 
 @as_users

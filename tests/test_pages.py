@@ -233,6 +233,12 @@ def test_memory_is_kept_of_the_sizes_asked_for_last(monkeypatch):
     assert not pages._IDLE
 
 
+@pytest.mark.parametrize(("numbers", "kept"), [(2**18, True), (2**18 - 1, False)])
+def test_a_result_of_a_mebibyte_is_kept(numbers, kept):
+    for_result(torch.empty(0), (numbers,))
+    assert [len(idle) for idle in pages._IDLE.values()] == [1] * kept
+
+
 def test_small_results_and_other_devices_are_not_kept():
     assert for_result(torch.empty(0), (2, 3)).stride() == (3, 1)
     assert for_result(torch.empty(0), (2, 3), (1, 2)).stride() == (1, 2)
