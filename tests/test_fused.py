@@ -8,6 +8,7 @@ import re
 import warnings
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -766,6 +767,17 @@ def test_a_share_that_varies_is_not_compiled_anew(size, monkeypatch):
         assert_close(*pairs, rtol=1e-12, atol=0)
         assert_close(*[torch.autograd.grad(pair[0].sum() + pair[1].sum(), live) for pair in pairs])
     assert is_operator(seen) == (size == "operator")
+
+
+@as_users
+@pytest.mark.usefixtures("one_operator")
+def test_a_share_of_numpy_in_a_compiled_graph():
+    torch.compiler.reset()
+    live = [x.requires_grad_() for x in normal(3, 4, 5)]
+    compiled = torch.compile(lambda *x: categorical_kl_terms(*x, unimix=np.float64(0.01)), backend="aot_eager")
+    pairs = compiled(*live), categorical_kl_terms(*live, unimix=0.01)
+    assert_close(*pairs)
+    assert_close(*[torch.autograd.grad(pair[0].sum() + pair[1].sum(), live) for pair in pairs])
 
 
 @as_users
