@@ -123,9 +123,12 @@ def reduce(reduction: Reduction, *operands: Tensor) -> Tensors:
 
 def has_fast_path(reduction: Reduction, operands: Tensors) -> bool:
     """The table at the head of this file."""
+    return reduction.pays(operands[0]) and not cannot_be_saved(operands) and _has_kernel(reduction, operands)
+
+
+def _has_kernel(reduction: Reduction, operands: Tensors) -> bool:
+    """Whether there is one for tensors of such kinds, of any size."""
     first = operands[0]
-    if not reduction.pays(first) or cannot_be_saved(operands):
-        return False
     for x in operands:
         if type(x) not in (Tensor, torch.nn.Parameter) or x.device != first.device:
             return False
@@ -385,9 +388,8 @@ class ErrorSum(Reduction):
         prediction, target = operands
         own = prediction.requires_grad and torch.promote_types(prediction.dtype, target.dtype) == prediction.dtype
         memory = pages.memory_like(prediction) if own and torch.is_grad_enabled() else None
-        # A tensor that is given twice could not be traced.
-        value, _ = _apply(_TracedErrors, self, prediction, target.detach(), memory)
-        return (value,)
+        value, slope = _traced_errors(self, prediction.detach(), target.detach(), memory)
+        return (_apply(_KnownSlope, prediction, value, slope, checks.scalar_like(value, self.factors()[0])),)
 
     def prepare(self, rows: Tensors, scratch: Tensors) -> None:
         """As for every :class:`Reduction`."""
@@ -436,42 +438,47 @@ class ErrorSum(Reduction):
         return out.log1p_() if self.symlog_target else out
 
 
-class _TracedErrors(torch.autograd.Function):
-    """``(reduction, prediction, target, memory) -> (value, slope)`` of an :class:`ErrorSum`, for compilers alone.
+class _KnownSlope(torch.autograd.Function):
+    """``value``, a function of ``x`` whose ``factor * slope`` is known, in a compiled graph.
 
-    inductor makes one loop of it, which reads both operands once; of the formula it makes two, one for the value and
-    one for what backward needs. The value is made of the slope, and not both of the error, or there would be two again.
     It can be differentiated once, as compiled graphs in general: torch 2.13 does not see that anybody wants more.
     """
 
     @staticmethod
-    def forward(reduction: ErrorSum, prediction: Tensor, target: Tensor, memory: Tensor | None) -> Tensors:
-        symlogs = reduction.symlog_prediction, reduction.symlog_target
-        if all(symlogs):
-            error = _symlog_difference(prediction, pixels(target, prediction.dtype))
-        else:
-            error = errors(prediction, target, *symlogs)
-        slope = error.sgn() if reduction.absolute else error
-        if reduction.symlog_prediction:
-            # Finite, so that the error of an infinite prediction stays infinite.
-            divisor = (1 + prediction.abs()).clamp_max(torch.finfo(prediction.dtype).max)
-            slope = _row_by_row(slope / divisor, prediction, reduction.dims, memory)
-            size = slope * divisor * error
-        else:
-            slope = _row_by_row(slope, prediction, reduction.dims, memory)
-            size = slope * error
-        return size.sum(tuple(range(-reduction.dims, 0))), slope
+    def forward(x: Tensor, value: Tensor, slope: Tensor, factor: Tensor) -> Tensor:
+        return value.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.factor = inputs[0].factors()[0]
-        ctx.save_for_backward(output[1])
-        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs[2:])
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor, _: Any) -> Any:
-        (slope,) = ctx.saved_tensors
-        return None, checks.align(ctx.factor * scale, slope) * slope, None, None
+    def backward(ctx: Any, scale: Tensor) -> Any:
+        slope, factor = ctx.saved_tensors
+        return checks.align(factor * scale, slope) * slope, None, None, None
+
+
+def _traced_errors(reduction: ErrorSum, prediction: Tensor, target: Tensor, memory: Tensor | None) -> Tensors:
+    """Value and slope of an :class:`ErrorSum` in a compiled graph.
+
+    inductor makes one loop of it, which reads both operands once; of the formula it makes two, one for the value and
+    one for what backward needs. The value is made of the slope, and not both of the error, or there would be two again.
+    """
+    symlogs = reduction.symlog_prediction, reduction.symlog_target
+    if all(symlogs):
+        error = _symlog_difference(prediction, pixels(target, prediction.dtype))
+    else:
+        error = errors(prediction, target, *symlogs)
+    slope = error.sgn() if reduction.absolute else error
+    if reduction.symlog_prediction:
+        # Finite, so that the error of an infinite prediction stays infinite.
+        divisor = (1 + prediction.abs()).clamp_max(torch.finfo(prediction.dtype).max)
+        slope = _row_by_row(slope / divisor, prediction, reduction.dims, memory)
+        size = slope * divisor * error
+    else:
+        slope = _row_by_row(slope, prediction, reduction.dims, memory)
+        size = slope * error
+    return size.sum(tuple(range(-reduction.dims, 0))), slope
 
 
 def _row_by_row(x: Tensor, rows: Tensor, dims: int, memory: Tensor | None) -> Tensor:
@@ -576,17 +583,10 @@ class Divergence(Reduction):
         each = zip(operands, known[: self.live], known[self.live :], factors, strict=True)
         return tuple(_apply(_KnownSlope, *tensors) for tensors in each)
 
-    def _is_operator(self, posterior: Tensor, prior: Tensor) -> bool:
-        # Brings in a library that only compilers need.
-        from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-        # Where sizes vary it is one, for a comparison would compile a graph for each side of it.
-        if not self.mix or statically_known_true(posterior.numel() < self.smallest_operator):
+    def _is_operator(self, *operands: Tensor) -> bool:
+        if not self.mix or pages.surely_below(operands[0].numel(), self.smallest_operator):
             return False
-        for x in (posterior, prior):
-            if type(x) not in (Tensor, torch.nn.Parameter) or x.device.type != "cpu" or not x.requires_grad:
-                return False
-        return posterior.dtype == prior.dtype and posterior.dtype in (torch.float32, torch.float64)
+        return operands[0].is_cpu and all(x.requires_grad for x in operands) and _has_kernel(self, operands)
 
     def prepare(self, rows: Tensors, scratch: Tensors) -> None:
         """As for every :class:`Reduction`."""
@@ -646,26 +646,6 @@ def _(posterior: Tensor, prior: Tensor, mix: Tensor, dims: int) -> list[Tensor]:
 
 def _no_formula(*_: Tensor) -> Tensors:
     raise NotImplementedError
-
-
-class _KnownSlope(torch.autograd.Function):
-    """``value``, a function of ``x`` whose ``factor * slope`` is known, in a compiled graph.
-
-    It can be differentiated once, as :class:`_TracedErrors`.
-    """
-
-    @staticmethod
-    def forward(x: Tensor, value: Tensor, slope: Tensor, factor: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs[2:])
-
-    @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> Any:
-        slope, factor = ctx.saved_tensors
-        return checks.align(factor * scale, slope) * slope, None, None, None
 
 
 def _softmax_slope(slope: Tensor, probabilities: Tensor, out: Tensor) -> Tensor:

@@ -40,10 +40,9 @@ def for_result(like: Tensor, size: Sequence[int], stride: Sequence[int] = ()) ->
     """
     size, stride, numbers = tuple(size), tuple(stride), math.prod(size)
     nbytes, fits = numbers * like.element_size(), not stride or _reach(size, stride) == numbers
-    if torch.compiler.is_compiling():
-        return like.new_empty_strided(size, stride) if stride else like.new_empty(size)
-    # Who looks at each operation, as tracers do, is to see where memory comes from.
-    observed = torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+    # Who looks at each operation, as compilers and tracers do, is to see where memory comes from.
+    observed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    observed = observed or torch._C._get_tracing_state() is not None
     if nbytes < SMALLEST or like.device.type != "cpu" or observed or not fits:
         return _advised_empty(like, size, stride)
     # Threads may meet here: each takes what no other can take any more, and at worst some memory is not kept.
@@ -97,7 +96,7 @@ def advise_huge_pages(memory: Tensor) -> Tensor:
     Args:
         memory: just allocated, contiguous in some order of its dimensions, and not yet written.
     """
-    if memory.nbytes < HUGE or memory.device.type != "cpu":
+    if memory.nbytes < HUGE or memory.device.type != "cpu" or torch.compiler.is_compiling():
         return memory
     madvise = _madvise()
     if madvise is not None:
@@ -115,18 +114,22 @@ def memory_like(x: Tensor) -> Tensor | None:
     What a compiler allocates by itself cannot be advised. inductor writes a pointwise result into this instead, if that
     seems to read it, and nobody does later: ``torch.where(never, memory, result)``. No number in it means anything.
     """
-    # Brings in a library that only compilers need.
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
     if x.device.type != "cpu" or type(x) not in (Tensor, torch.nn.Parameter) or not _offered():
         return None
-    # Found out when it runs where sizes vary, for a comparison would compile a graph for each side of it.
-    if statically_known_true(x.numel() * x.element_size() < HUGE):
+    if surely_below(x.numel() * x.element_size(), HUGE):
         return None
     # A number of x, or a compiler would take two calls of the same size for one.
     one = x.detach()[(slice(1),) * x.ndim]
     memory: Tensor = _advised(one, x.shape, torch.empty_like(x, device="meta").stride())
     return memory
+
+
+def surely_below(size: int, bound: int) -> bool:
+    """Whether a compiler knows a size to be less. Not where it varies: a comparison compiles a graph for each side."""
+    # Brings in a library that only compilers need.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(size < bound)
 
 
 @torch.library.custom_op("rlloss::advised_memory", mutates_args=())

@@ -530,19 +530,20 @@ def test_an_error_of_a_tensor_beside_itself_is_compiled():
     assert "autograd_function_apply" in seen
 
 
+LAYOUTS = {
+    "expanded": lambda x: x[:1].expand_as(x),
+    "transposed": lambda x: x.transpose(0, 1),
+    "transposed rows": lambda x: x.transpose(0, 2),
+    "in steps": lambda x: torch.cat([x, x], -1)[..., ::2],
+    "empty": lambda x: x[:0],
+}
+
+
 @as_users
-@pytest.mark.parametrize("layout", ["expanded", "transposed", "in steps", "empty"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_inputs_of_any_layout_in_a_compiled_graph(advised, layout):
     torch.compiler.reset()
-    operands = large()
-    if layout == "expanded":
-        operands = [x[:1].expand_as(x) for x in operands]
-    if layout == "transposed":
-        operands = [x.transpose(0, 1) for x in operands]
-    if layout == "in steps":
-        operands = [torch.cat([x, x], -1)[..., ::2] for x in operands]
-    if layout == "empty":
-        operands = [x[:0] for x in operands]
+    operands = [LAYOUTS[layout](x) for x in large()]
     leaf, target = operands[0].detach().requires_grad_(), operands[1].requires_grad_()
     function, formula = both(error_sum(2, False, True, True), (target.detach(),))
     compiled = torch.compile(lambda x: function(x)[0].mean(-1).sum(), fullgraph=True)
@@ -837,20 +838,12 @@ def test_other_divergences_are_compiled_of_the_formula(without, monkeypatch):
 
 @as_users
 @pytest.mark.usefixtures("one_operator")
-@pytest.mark.parametrize("layout", ["expanded", "transposed", "in steps", "empty"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_of_any_layout_in_a_compiled_graph(layout):
     torch.compiler.reset()
     backend, seen = nodes("inductor")
-    live = normal(3, 2, 4, 5)
-    if layout == "expanded":
-        live = [x[:1].expand_as(x) for x in live]
-    if layout == "transposed":
-        live = [x.transpose(0, 2) for x in live]
-    if layout == "in steps":
-        live = [torch.cat([x, x], -1)[..., ::2] for x in live]
-    if layout == "empty":
-        live = [x[:0] for x in live]
-    live, reduction = [x.detach().requires_grad_() for x in live], divergence(2, 0.01)
+    live = [LAYOUTS[layout](x).detach().requires_grad_() for x in normal(3, 2, 4, 5)]
+    reduction = divergence(2, 0.01)
     compiled = torch.compile(lambda *x: fused.reduce(reduction, *x), fullgraph=True, backend=backend)
     values, expected = compiled(*live), reduction.formula(*live)
     assert_close(values, expected)
