@@ -24,6 +24,7 @@ Triton installed                                         far, its kernels only i
 fewer elements                                 plain     calling a Function costs more than the temporaries
 anything else: other devices, mixed dtypes,    plain     no fast path was written
 subclasses of Tensor, inference tensors
+``jvp`` of ``jvp``, with whatever between      plain     a Function has no derivative there
 =============================================  ========  ============================================================
 
 Every path gives the same numbers, up to rounding. Under ``vmap`` a batch is more rows of the same pass, and the size
@@ -123,7 +124,8 @@ def reduce(reduction: Reduction, *operands: Tensor) -> Tensors:
 
 def has_fast_path(reduction: Reduction, operands: Tensors) -> bool:
     """The table at the head of this file."""
-    return reduction.pays(operands[0]) and not cannot_be_saved(operands) and _has_kernel(reduction, operands)
+    paid = reduction.pays(operands[0]) and not cannot_be_saved(operands) and _has_kernel(reduction, operands)
+    return paid and not _pushed_forward_twice()
 
 
 def _has_kernel(reduction: Reduction, operands: Tensors) -> bool:
@@ -155,6 +157,14 @@ def cannot_be_saved(operands: Tensors) -> bool:
 def in_transform() -> bool:
     """Whether anything but plain autograd looks on: a transform of torch.func, or forward-mode derivatives."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def _pushed_forward_twice() -> bool:
+    """Whether a ``jvp`` is inside of another: of a torch.autograd.Function, torch 2.13 takes the outer one to be 0."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    levels = [level.key() for level in torch._C._functorch.get_interpreter_stack()]
+    return levels.count(torch._C._functorch.TransformType.Jvp) > 1
 
 
 def watched(*tensors: Tensor) -> bool:
@@ -683,7 +693,9 @@ def _slopes(
     reduction: Reduction, wanted: tuple[int, ...], scales: Sequence[Tensor], operands: Tensors
 ) -> Sequence[Tensor | None]:
     """The gradient of each wanted operand, None for all others."""
-    if any(map(legacy_batched, scales)):
+    if _pushed_forward_twice():
+        slopes: Sequence[Tensor] = [_plain_slope(reduction, i, operands)(scales[i], operands[i]) for i in wanted]
+    elif any(map(legacy_batched, scales)):
         # Batched values cannot be written into unbatched memory; the slope is linear in its scale.
         ones = [operands[0].new_ones(scale.shape) for scale in scales]
         slopes = _apply(_Slope, reduction, wanted, *ones, *operands)
