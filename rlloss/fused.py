@@ -161,10 +161,8 @@ def in_transform() -> bool:
 
 def _pushed_forward_twice() -> bool:
     """Whether a ``jvp`` is inside of another: of a torch.autograd.Function, torch 2.13 takes the outer one to be 0."""
-    if torch._C._functorch.peek_interpreter_stack() is None:
-        return False
-    levels = [level.key() for level in torch._C._functorch.get_interpreter_stack()]
-    return levels.count(torch._C._functorch.TransformType.Jvp) > 1
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1
 
 
 def watched(*tensors: Tensor) -> bool:
