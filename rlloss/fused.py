@@ -29,7 +29,7 @@ subclasses of Tensor, inference tensors
 
 Every path gives the same numbers, up to rounding. Under ``vmap`` a batch is more rows of the same pass, and the size
 that counts is that of one sample. Derivatives beyond the first are those of the plain formula; of a compiled graph they
-are to be taken inside of it, by transforms.
+are to be taken inside of it, by transforms, and from outside torch has one alone.
 """
 
 import functools
@@ -449,7 +449,7 @@ class ErrorSum(Reduction):
 class _KnownSlope(torch.autograd.Function):
     """``value``, a function of ``x`` whose ``factor * slope`` is known, in a compiled graph.
 
-    It can be differentiated once, as compiled graphs in general: torch 2.13 does not see that anybody wants more.
+    It can be differentiated once, as compiled graphs in general.
     """
 
     @staticmethod
@@ -458,12 +458,30 @@ class _KnownSlope(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs[2:])
+        x, _, slope, factor = inputs
+        ctx.save_for_backward(x, slope, factor)
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> Any:
-        slope, factor = ctx.saved_tensors
-        return checks.align(factor * scale, slope) * slope, None, None, None
+        x, slope, factor = ctx.saved_tensors
+        return checks.align(factor * torch.ops.rlloss.reads(scale, x, slope), slope) * slope, None, None, None
+
+
+def _copy(scale: Tensor, x: Tensor, slope: Tensor) -> Tensor:
+    """A copy of the scale in a compiled graph, which seems to be made of ``x`` and ``slope``, and reads neither.
+
+    Where backward reads an input of the graph that is differentiated, as ``x`` may be, torch 2.13 refuses a second
+    derivative from outside; of slopes alone it takes that for 0. As inductor has ``x`` for backward then, it might make
+    the slope of it again, and does not where an operator reads the slope.
+    """
+    return scale.clone()
+
+
+# Not by `torch.library.custom_op`, of which a call takes as long as a small loss.
+_LIBRARY: Any = torch.library.Library("rlloss", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("reads(Tensor scale, Tensor x, Tensor slope) -> Tensor")
+_LIBRARY.impl("reads", _copy, "CompositeExplicitAutograd")
+_LIBRARY.impl("reads", lambda scale, x, slope: torch.empty_like(scale), "Meta")
 
 
 def _traced_errors(reduction: ErrorSum, prediction: Tensor, target: Tensor, memory: Tensor | None) -> Tensors:

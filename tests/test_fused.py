@@ -477,6 +477,30 @@ def test_inductor_makes_value_and_slope_in_one_loop(symlog):
     assert forward.count("for(int64_t") == 2, "over rows, and over what is in one"
 
 
+def test_the_operator_of_backward_is_one_like_any_other():
+    operands = torch.randn(2, 1).expand(2, 3), torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    torch.library.opcheck(torch.ops.rlloss.reads.default, operands, test_utils=("test_schema", "test_faketensor"))
+
+
+def assert_derived_once(compiled, operand):
+    """From outside, by a leaf and by what is not one: torch says so, and does not take the rest for 0."""
+    leaf = operand.detach().requires_grad_()
+    for x in (leaf, leaf * 1):
+        (first,) = torch.autograd.grad(compiled(x).sum(), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="double backward"):
+            torch.autograd.grad(first.square().sum(), leaf)
+
+
+@as_users
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("flags", list(itertools.product([False, True], repeat=3)))
+def test_compiled_errors_have_one_derivative_from_outside(backend, flags):
+    torch.compiler.reset()
+    prediction, target = images(3, 2, 4, 3)
+    function, _ = both(error_sum(2, *flags), (target,))
+    assert_derived_once(torch.compile(lambda x: function(x)[0], fullgraph=True, backend=backend), prediction)
+
+
 @pytest.fixture
 def advised(monkeypatch, nothing_kept):
     """Pages are advised from 64 KiB on, or would be: the number of bytes, each time."""
@@ -902,6 +926,20 @@ def test_a_compiled_graph_of_a_divergence_can_be_walked_twice():
     total = compiled(*live)[0].sum()
     first = torch.autograd.grad(total, live[0], retain_graph=True)
     assert_close(torch.autograd.grad(total, live[0]), first, rtol=0, atol=0)
+
+
+@as_users
+@pytest.mark.usefixtures("one_operator")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("learner", [0, 1])
+def test_a_compiled_divergence_has_one_derivative_from_outside(backend, learner):
+    torch.compiler.reset()
+    operands = [torch.randn(5, 3, 4, requires_grad=True) for _ in range(2)]
+
+    def value(x):
+        return fused.reduce(divergence(1, 0.01), *operands[:learner], x, *operands[learner + 1 :])[learner]
+
+    assert_derived_once(torch.compile(value, fullgraph=True, backend=backend), operands[learner])
 
 
 @pytest.mark.parametrize("dims", [1, 2])
