@@ -15,7 +15,7 @@ import torch
 for needed in ("matplotlib", "tqdm", "torchrl"):
     pytest.importorskip(needed, reason='the extra "benchmarks" is not installed')
 
-from benchmarks.speed import command, ensembles, goals, model_loss, paths, report, returns
+from benchmarks.speed import command, ensembles, goals, harness, model_loss, paths, report, returns
 from benchmarks.speed.harness import MOST, Case, Row, Settings, compare, first_call, kernels, measure, peak_memory
 
 with warnings.catch_warnings():
@@ -55,6 +55,19 @@ def test_short_rounds_are_repeated(monkeypatch, seconds, rounds):
         {"a": lambda: calls.append(None)}, repetitions=4, warmup=1, seconds=seconds, clock=iter(range(999)).__next__
     )
     assert len(calls) == 1 + rounds
+
+
+@pytest.mark.parametrize(("wanted", "of_case", "expected"), [(0.0, 9.0, 0.0), (3.0, 9.0, 9.0), (3.0, 0.0, 3.0)])
+def test_a_case_may_take_longer_where_rounds_go_on(monkeypatch, wanted, of_case, expected):
+    given = []
+
+    def compare_once(contenders, *settings):
+        given.append(settings[-1])
+        return dict.fromkeys(contenders, harness.Timing(1, 1, 1))
+
+    monkeypatch.setattr(harness, "compare", compare_once)
+    measure("suite", Case("", "", 1, lambda: 1, {"a": lambda data: data}, seconds=of_case), Settings(seconds=wanted))
+    assert given == [expected]
 
 
 def test_memory_is_counted_above_what_was_there() -> None:

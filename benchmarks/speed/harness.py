@@ -37,6 +37,7 @@ class Case(NamedTuple):
     draw: Callable[[], Any]  # new data of that size
     contenders: Mapping[str, Callable[[Any], object]]  # each does the work on the data, and leaves nothing behind
     results: Callable[[Any], int] = lambda data: 0  # bytes that a call writes because they are its result
+    seconds: float = 0.0  # where rounds go on beyond the repetitions, they do for so long at least
 
 
 class Settings(NamedTuple):
@@ -44,7 +45,7 @@ class Settings(NamedTuple):
 
     device: str = "cpu"
     repetitions: int = 21
-    seconds: float = 0.0  # short rounds go on beyond the repetitions until so many have passed
+    seconds: float = 0.0  # rounds go on beyond the repetitions until so many have passed, or not at all
     limit: float = 300.0  # seconds for a first call
     clock: Callable[[], float] = time.perf_counter
 
@@ -92,7 +93,8 @@ def measure(suite: str, case: Case, settings: Settings) -> list[Row]:
     del more
     ready = {name: partial(run, data) for name, run in case.contenders.items() if not first[name].note}
     warmup = min(3, settings.repetitions // 4)
-    timings = compare(ready, settings.repetitions, warmup, settings.clock, settings.seconds)
+    seconds = max(settings.seconds, case.seconds) if settings.seconds else 0.0
+    timings = compare(ready, settings.repetitions, warmup, settings.clock, seconds)
     nothing = float("nan")
     reference = timings.get(next(iter(case.contenders)))
     limits: dict[bool, Timing] = {}
