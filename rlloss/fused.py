@@ -29,7 +29,7 @@ subclasses of Tensor, inference tensors
 
 Every path gives the same numbers, up to rounding. Under ``vmap`` a batch is more rows of the same pass, and the size
 that counts is that of one sample. Derivatives beyond the first are those of the plain formula; of a compiled graph they
-are to be taken inside of it, by transforms, and from outside torch has one alone.
+are to be taken inside of it, by transforms, for from outside torch has one alone.
 """
 
 import functools
@@ -397,7 +397,8 @@ class ErrorSum(Reduction):
         own = prediction.requires_grad and torch.promote_types(prediction.dtype, target.dtype) == prediction.dtype
         memory = pages.memory_like(prediction) if own and torch.is_grad_enabled() else None
         value, slope = _traced_errors(self, prediction.detach(), target.detach(), memory)
-        return (_apply(_KnownSlope, prediction, value, slope, checks.scalar_like(value, self.factors()[0])),)
+        factor = checks.scalar_like(value, self.factors()[0])
+        return (_apply(_KnownSlope, prediction, value, slope, factor, self.symlog_prediction),)
 
     def prepare(self, rows: Tensors, scratch: Tensors) -> None:
         """As for every :class:`Reduction`."""
@@ -449,30 +450,32 @@ class ErrorSum(Reduction):
 class _KnownSlope(torch.autograd.Function):
     """``value``, a function of ``x`` whose ``factor * slope`` is known, in a compiled graph.
 
-    It can be differentiated once, as compiled graphs in general.
+    It can be differentiated once, as compiled graphs in general. ``reads`` says whether backward of the formula itself
+    would read ``x``: torch 2.13 refuses a second derivative from outside of the graph by an input that is read there,
+    and by any other takes it for 0.
     """
 
     @staticmethod
-    def forward(x: Tensor, value: Tensor, slope: Tensor, factor: Tensor) -> Tensor:
+    def forward(x: Tensor, value: Tensor, slope: Tensor, factor: Tensor, reads: bool) -> Tensor:
         return value.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, _, slope, factor = inputs
-        ctx.save_for_backward(x, slope, factor)
+        x, _, slope, factor, reads = inputs
+        ctx.save_for_backward(slope, factor, *[x] * reads)
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> Any:
-        x, slope, factor = ctx.saved_tensors
-        return checks.align(factor * torch.ops.rlloss.reads(scale, x, slope), slope) * slope, None, None, None
+        slope, factor, *x = ctx.saved_tensors
+        scale = torch.ops.rlloss.reads(scale, *x, slope) if x else scale
+        return checks.align(factor * scale, slope) * slope, None, None, None, None
 
 
 def _copy(scale: Tensor, x: Tensor, slope: Tensor) -> Tensor:
     """A copy of the scale in a compiled graph, which seems to be made of ``x`` and ``slope``, and reads neither.
 
-    Where backward reads an input of the graph that is differentiated, as ``x`` may be, torch 2.13 refuses a second
-    derivative from outside; of slopes alone it takes that for 0. As inductor has ``x`` for backward then, it might make
-    the slope of it again, and does not where an operator reads the slope.
+    As inductor has ``x`` for backward then, it might make the slope of it again, and does not where an operator reads
+    the slope.
     """
     return scale.clone()
 
@@ -607,7 +610,7 @@ class Divergence(Reduction):
         known = _divergence(*(x.detach() for x in operands), mix, self.dims)
         factors = [checks.scalar_like(known[0], factor) for factor in self.factors()]
         each = zip(operands, known[: self.live], known[self.live :], factors, strict=True)
-        return tuple(_apply(_KnownSlope, *tensors) for tensors in each)
+        return tuple(_apply(_KnownSlope, *tensors, True) for tensors in each)
 
     def _is_operator(self, *operands: Tensor) -> bool:
         if not self.mix or pages.surely_below(operands[0].numel(), self.smallest_operator):
