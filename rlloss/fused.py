@@ -398,6 +398,7 @@ class ErrorSum(Reduction):
         memory = pages.memory_like(prediction) if own and torch.is_grad_enabled() else None
         value, slope = _traced_errors(self, prediction.detach(), target.detach(), memory)
         factor = checks.scalar_like(value, self.factors()[0])
+        # The formula's own backward reads a prediction for its symlog alone.
         return (_apply(_KnownSlope, prediction, value, slope, factor, self.symlog_prediction),)
 
     def prepare(self, rows: Tensors, scratch: Tensors) -> None:
@@ -450,9 +451,9 @@ class ErrorSum(Reduction):
 class _KnownSlope(torch.autograd.Function):
     """``value``, a function of ``x`` whose ``factor * slope`` is known, in a compiled graph.
 
-    It can be differentiated once, as compiled graphs in general. ``reads`` says whether backward of the formula itself
-    would read ``x``: torch 2.13 refuses a second derivative from outside of the graph by an input that is read there,
-    and by any other takes it for 0.
+    It can be differentiated once, as compiled graphs in general. From outside of the graph, torch 2.13 takes a second
+    derivative for 0 without an error, unless backward reads an input that needs gradients: then it refuses. So backward
+    reads ``x``, which then is kept and must not be changed, where ``reads`` says so.
     """
 
     @staticmethod

@@ -477,13 +477,13 @@ def test_inductor_makes_value_and_slope_in_one_loop(symlog):
     assert forward.count("for(int64_t") == 2, "over rows, and over what is in one"
 
 
-def test_the_operator_of_backward_is_one_like_any_other():
+def test_the_operator_of_known_slopes_is_one_like_any_other():
     operands = torch.randn(2, 1).expand(2, 3), torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     torch.library.opcheck(torch.ops.rlloss.reads.default, operands, test_utils=("test_schema", "test_faketensor"))
 
 
 def assert_derived_once(compiled, operand):
-    """From outside, by a leaf and by what is not one: torch says so, and does not take the rest for 0."""
+    """From outside, by a leaf and by what is made of one: torch says so, and does not take the rest for 0."""
     leaf = operand.detach().requires_grad_()
     for x in (leaf, leaf * 1):
         (first,) = torch.autograd.grad(compiled(x).sum(), leaf, create_graph=True)
